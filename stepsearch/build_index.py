@@ -1,0 +1,137 @@
+"""Builds the retrieval index of a corpus ahead of training.
+
+    python -m stepsearch.build_index --corpus=corpus.jsonl --output=DIR
+
+Training and evaluation load DIR and refuse it for another corpus or other
+embedder settings. Building ends with a comparison of the index against exact
+search, on titles of the corpus as queries.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from stepsearch.data import datasets
+from stepsearch.retrieval import index as indexing
+from stepsearch.retrieval import retriever as retrieval
+
+_SAMPLE = 200
+_LOW_RECALL = 0.95
+
+
+def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
+  """Builds and saves an index, replacing one that is at `output`.
+
+  Args:
+    corpus: a file that `datasets.read_corpus` reads.
+    output: the folder to write.
+    dimensions: of the lexical embedder.
+    index: backend, as of `retrieval.index.build`.
+    **parameters: of `retrieval.index.build`.
+
+  Returns:
+    The share of exact search's ten nearest that the index finds.
+  """
+  start = time.monotonic()
+  documents = datasets.read_corpus(corpus)
+  print(f'{len(documents)} documents in {corpus}', flush=True)
+  embedding_start = time.monotonic()
+  shown = embedding_start
+
+  def progress(done: int, total: int):
+    nonlocal shown
+    now = time.monotonic()
+    if now - shown > 1 or done == total:
+      shown = now
+      left = (now - embedding_start) / done * (total - done)
+      print(
+          f'embedded {done}/{total} ({done / total:.0%}), {left:.0f} s left',
+          flush=True,
+      )
+
+  built = retrieval.build(
+      documents,
+      dimensions=dimensions,
+      index=index,
+      directory=output,
+      replace=True,
+      progress=progress,
+      **parameters,
+  )
+  print(f'{built.index.parameters} saved to {output}', flush=True)
+  recall = _recall(retrieval.load(output, index=index))
+  print(f'recall@10 against exact search: {recall:.4f}')
+  if recall < _LOW_RECALL:
+    print(
+        f'This is below {_LOW_RECALL}: raise --reorder'
+        ' or --leaves_to_search and build again.'
+    )
+  print(f'done in {time.monotonic() - start:.0f} s')
+  return recall
+
+
+def _recall(built: retrieval.Retriever) -> float:
+  """Share of exact search's nearest among the index' own, on a sample."""
+  k = min(10, len(built))
+  size = min(_SAMPLE, len(built))
+  chosen = np.random.default_rng(0).choice(len(built), size, replace=False)
+  queries = built.embedder.embed_queries(
+      [built.documents[i].title or built.documents[i].text for i in chosen]
+  )
+  exact = indexing.Index(built.index.vectors, built.index.parameters)
+  wanted, _ = exact.exact_search(queries, k)
+  found, _ = built.index.search(queries, k)
+  return float(
+      np.mean([np.isin(w, f).mean() for w, f in zip(wanted, found)])
+  )
+
+
+if __name__ == '__main__':
+  from absl import app
+  from absl import flags
+
+  _CORPUS = flags.DEFINE_string(
+      'corpus', None, 'Corpus, JSON lines.', required=True
+  )
+  _OUTPUT = flags.DEFINE_string(
+      'output', None, 'Folder to write; an index in it is replaced.',
+      required=True,
+  )
+  _DIMENSIONS = flags.DEFINE_integer(
+      'dimensions', 1024, 'Width of the lexical vectors.', lower_bound=1
+  )
+  _INDEX = flags.DEFINE_enum(
+      'index', 'auto', indexing.BACKENDS, 'Search by ScaNN or numpy.'
+  )
+  _EXACT_BELOW = flags.DEFINE_integer(
+      'exact_below', 20_000, 'Largest corpus that is searched exactly.'
+  )
+  _TREE_ABOVE = flags.DEFINE_integer(
+      'tree_above', 100_000, 'Largest corpus that is not partitioned.'
+  )
+  _LEAVES = flags.DEFINE_integer(
+      'leaves_to_search', None, 'Partitions searched; default: a fifth.'
+  )
+  _REORDER = flags.DEFINE_integer(
+      'reorder', 300, 'Candidates scored again with the vectors themselves.'
+  )
+
+  def main(_):
+    """Runs with the flags' values."""
+    try:
+      run(
+          _CORPUS.value,
+          _OUTPUT.value,
+          dimensions=_DIMENSIONS.value,
+          index=_INDEX.value,
+          exact_below=_EXACT_BELOW.value,
+          tree_above=_TREE_ABOVE.value,
+          leaves_to_search=_LEAVES.value,
+          reorder=_REORDER.value,
+      )
+    except ValueError as error:
+      raise SystemExit(f'error: {error}') from error
+
+  app.run(main)

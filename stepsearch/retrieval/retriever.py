@@ -1,0 +1,353 @@
+"""Queries → documents: what rollout, rewards and evaluation ask.
+
+    build / load ──▶ Retriever.search(queries, k) ──▶ documents, a list a query
+                     Retriever.embed_documents ──▶ similarity of the rewards
+
+A saved retriever is a folder: the index (`retrieval.index`), the corpus as
+`corpus.jsonl` and the state of the lexical embedder. It belongs to one corpus
+and one embedder, named by fingerprints in `index.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from stepsearch.retrieval import embed as embedding
+from stepsearch.retrieval import index as indexing
+from stepsearch.types import Document
+
+_CORPUS = 'corpus.jsonl'
+_CHUNK = 1024  # passages embedded between two calls of `progress`
+
+
+class Engine(Protocol):
+  """A search engine; `Retriever` is one, `from_factory` makes a user's."""
+
+  def search(
+      self, queries: Sequence[str], k: int
+  ) -> list[list[Document]]:
+    """Returns up to k documents a query, best first; none for a blank one."""
+
+
+class Retriever:
+  """Dense search over a corpus held in memory."""
+
+  def __init__(
+      self,
+      documents: Sequence[Document],
+      embedder: embedding.Embedder,
+      index: indexing.Index,
+  ):
+    shape = (len(documents), embedder.dimensions)
+    if index.vectors.shape != shape:
+      raise ValueError(
+          f'The index holds {index.vectors.shape[0]} vectors of'
+          f' {index.vectors.shape[1]} dimensions, but there are {shape[0]}'
+          f' documents and the embedder has {shape[1]} dimensions.'
+      )
+    self.documents = tuple(documents)
+    self.embedder = embedder
+    self.index = index
+    self._row = {document.id: i for i, document in enumerate(documents)}
+
+  def __len__(self) -> int:
+    return len(self.documents)
+
+  def search(
+      self, queries: Sequence[str], k: int
+  ) -> list[list[Document]]:
+    """Finds k documents for each query, in one batched call.
+
+    Args:
+      queries: any texts.
+      k: documents a query, at most those of the corpus.
+
+    Returns:
+      Documents with `score` set, best first. A blank query, or one in which
+      the embedder knows nothing, gets an empty list.
+
+    Raises:
+      ValueError: k is out of range.
+    """
+    if not 1 <= k <= len(self):
+      raise ValueError(
+          f'k = {k} documents a query were asked of a corpus of {len(self)}:'
+          f' k must be between 1 and {len(self)}.'
+      )
+    results: list[list[Document]] = [[] for _ in queries]
+    asked = [i for i, query in enumerate(queries) if query.strip()]
+    if not asked:
+      return results
+    vectors = self.embedder.embed_queries([queries[i] for i in asked])
+    meaningful = vectors.any(axis=1)
+    rows, scores = self.index.search(vectors[meaningful], k)
+    asked = [i for i, kept in zip(asked, meaningful) if kept]
+    for i, found, values in zip(asked, rows, scores):
+      results[i] = [
+          dataclasses.replace(self.documents[row], score=float(value))
+          for row, value in zip(found, values)
+      ]
+    return results
+
+  def embed(self, texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts as passages: [n, d] float32."""
+    return self.embedder.embed_passages(texts)
+
+  def embed_documents(self, documents: Sequence[Document]) -> np.ndarray:
+    """Embeds documents: [n, d] float32.
+
+    A document of the corpus costs a look-up; one that differs from the
+    corpus' own (its text was cut, or it comes from elsewhere) is embedded.
+    """
+    vectors = np.empty([len(documents), self.embedder.dimensions], np.float32)
+    strangers = []
+    for i, document in enumerate(documents):
+      row = self._row.get(document.id)
+      if row is not None and _same_text(document, self.documents[row]):
+        vectors[i] = self.index.vectors[row]
+      else:
+        strangers.append(i)
+    if strangers:
+      vectors[strangers] = self.embedder.embed_passages(
+          [passage_text(documents[i]) for i in strangers]
+      )
+    return vectors
+
+  def save(self, directory: str | os.PathLike[str], *, replace: bool = False):
+    """Writes a folder that `load` reads; it appears whole or not at all.
+
+    Args:
+      directory: where; absent or empty, or holding an index.
+      replace: whether an index that is already there gives way.
+
+    Raises:
+      ValueError: the folder holds something that is not an index.
+    """
+    with indexing.new_directory(directory, replace=replace) as folder:
+      with (folder / _CORPUS).open('w') as file:
+        for document in self.documents:
+          row = {
+              'id': document.id,
+              'title': document.title,
+              'text': document.text,
+          }
+          file.write(json.dumps(row, ensure_ascii=False) + '\n')
+      if isinstance(self.embedder, embedding.LexicalEmbedder):
+        self.embedder.save(folder)
+      self.index.save(
+          folder,
+          {
+              'corpus': corpus_fingerprint(self.documents),
+              'embedder': self.embedder.fingerprint,
+          },
+      )
+
+
+def build(
+    documents: Sequence[Document],
+    *,
+    embedder: str | embedding.Embedder = 'lexical',
+    dimensions: int = 1024,
+    index: str = 'auto',
+    directory: str | os.PathLike[str] | None = None,
+    replace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **parameters,
+) -> Retriever:
+  """Makes a retriever, or loads the one that is saved.
+
+  Args:
+    documents: the corpus.
+    embedder: 'lexical', or an encoder.
+    dimensions: of the lexical embedder.
+    index: backend, as of `index.build`.
+    directory: loaded from if an index is there, else saved to.
+    replace: build anew and replace the index that is there.
+    progress: called with (passages embedded, passages in all).
+    **parameters: of `index.build`; a loaded index keeps its own.
+
+  Raises:
+    index.IndexMismatchError: the index in `directory` was made of another
+      corpus or embedder.
+    ValueError: an empty corpus, an unknown embedder or backend.
+  """
+  if not documents:
+    raise ValueError('The corpus has no documents: nothing can be indexed.')
+  if embedder == 'lexical':
+    embedder = embedding.LexicalEmbedder(dimensions)
+  elif isinstance(embedder, str):
+    raise ValueError(
+        f"The embedder '{embedder}' is unknown: use 'lexical', or pass an"
+        ' object with embed_queries and embed_passages.'
+    )
+  if directory is not None and indexing.exists(directory) and not replace:
+    return load(
+        directory, documents=documents, embedder=embedder, index=index
+    )
+  texts = [passage_text(document) for document in documents]
+  if isinstance(embedder, embedding.LexicalEmbedder):
+    embedder.fit(texts)
+  vectors = np.empty([len(texts), embedder.dimensions], np.float32)
+  for start in range(0, len(texts), _CHUNK):
+    stop = min(start + _CHUNK, len(texts))
+    vectors[start:stop] = embedder.embed_passages(texts[start:stop])
+    if progress is not None:
+      progress(stop, len(texts))
+  built = Retriever(
+      documents, embedder, indexing.build(vectors, backend=index, **parameters)
+  )
+  if directory is not None:
+    built.save(directory, replace=replace)
+  return built
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    documents: Sequence[Document] | None = None,
+    embedder: embedding.Embedder | None = None,
+    index: str = 'auto',
+) -> Retriever:
+  """Loads what `Retriever.save` wrote, without embedding anything.
+
+  Args:
+    directory: the folder.
+    documents: the corpus that it must have been made of; None: the folder's.
+    embedder: the encoder that it must have been made with. A lexical one
+      gives its settings and takes its state from the folder; None: lexical,
+      with the folder's settings.
+    index: backend, as of `index.build`.
+
+  Raises:
+    index.IndexMismatchError: the index was made of something else.
+    ValueError: the folder holds no index.
+  """
+  directory = pathlib.Path(directory)
+  expected = {}
+  if documents is not None:
+    expected['corpus'] = corpus_fingerprint(documents)
+  if embedder is not None:
+    expected['embedder'] = embedder.fingerprint
+  loaded = indexing.load(directory, expected, backend=index)
+  if documents is None:
+    with (directory / _CORPUS).open() as file:
+      documents = [Document(**json.loads(line)) for line in file]
+  if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
+    try:
+      embedder = embedding.LexicalEmbedder.load(directory)
+    except FileNotFoundError:
+      raise ValueError(
+          f'The index in {directory} was built with an encoder that is not'
+          ' saved in it: pass that encoder as `embedder`.'
+      ) from None
+  return Retriever(documents, embedder, loaded)
+
+
+def from_factory(dotted_path: str, config: Any = None) -> Engine:
+  """Makes a user's own search engine: `factory(config) -> engine`.
+
+  The engine's `search(queries, k)` returns one list of `Document` a query,
+  best first, up to k of them, with ids that stay the same between calls. Calls
+  that raise are repeated, and in the end cost the turn (`Patient`).
+
+  Args:
+    dotted_path: 'package.module:function' or 'package.module.function'.
+    config: passed on to the function.
+
+  Raises:
+    ValueError: the path cannot be imported, or what it makes cannot search.
+  """
+  field = f"config.retriever.factory = '{dotted_path}'"
+  module, separator, name = dotted_path.partition(':')
+  if not separator:
+    module, _, name = dotted_path.rpartition('.')
+  try:
+    if not module or not name:
+      raise ImportError('it names no module and function')
+    factory = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(
+        f'{field} cannot be imported ({error}): write'
+        " 'package.module:function', with the package on PYTHONPATH."
+    ) from error
+  if not callable(factory):
+    raise ValueError(
+        f'{field} is a {type(factory).__name__}, not a function: it is called'
+        ' with the config and returns the engine.'
+    )
+  engine = factory(config)
+  if not callable(getattr(engine, 'search', None)):
+    raise ValueError(
+        f'{field} returned a {type(engine).__name__} without a method'
+        ' search(queries, k) -> list of lists of stepsearch.types.Document.'
+    )
+  return Patient(engine)
+
+
+class Patient:
+  """An engine whose failures cost a turn, not the run.
+
+  A call that raises is repeated after one and two seconds; if it fails for good
+  its queries get no documents, which the rewards count as no information.
+  """
+
+  def __init__(self, engine: Engine, waits: Sequence[float] = (1.0, 2.0)):
+    self._engine = engine
+    self._waits = waits
+    if hasattr(engine, 'embed'):
+      self.embed = engine.embed
+
+  def search(
+      self, queries: Sequence[str], k: int
+  ) -> list[list[Document]]:
+    """As the engine's, or an empty list a query.
+
+    Raises:
+      ValueError: the engine answered with another number of lists.
+    """
+    for wait in (*self._waits, None):
+      try:
+        found = [list(row)[:k] for row in self._engine.search(queries, k)]
+        break
+      except Exception as error:  # whatever a user's engine may raise
+        cause = error
+      if wait is not None:
+        time.sleep(wait)
+    else:
+      print(
+          f'search failed {len(self._waits) + 1} times ({cause!r}): '
+          f'{len(queries)} queries get no documents', flush=True)
+      return [[] for _ in queries]
+    if len(found) != len(queries):
+      raise ValueError(
+          f'the engine of config.retriever.factory gave {len(found)} lists for '
+          f'{len(queries)} queries: it has to return one list a query.')
+    return found
+
+
+def passage_text(document: Document) -> str:
+  """The text of a document that is embedded."""
+  return f'{document.title}\n{document.text}'
+
+
+def corpus_fingerprint(documents: Sequence[Document]) -> str:
+  """Names a corpus by its size and a hash of all ids, titles and texts."""
+  digest = hashlib.blake2b(digest_size=8)
+  for document in documents:
+    row = json.dumps([document.id, document.title, document.text])
+    digest.update(row.encode())
+  return f'{len(documents)} documents, {digest.hexdigest()}'
+
+
+def _same_text(a: Document, b: Document) -> bool:
+  return a.text == b.text and a.title == b.title
