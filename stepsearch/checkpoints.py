@@ -1,0 +1,317 @@
+"""Checkpoints: train state, data position and config, one step = one commit.
+
+    Checkpoints.save(step, state, metadata) ─▶ directory/<step>/{state,metadata}
+    Checkpoints.restore / restore(directory) ─▶ (state, metadata), bit for bit
+    save_once / restore_once: one tree at one path, outside of any rotation
+
+A thin layer over Orbax: saves are asynchronous and atomic (a killed one leaves
+nothing that counts), the latest N and the best M are kept, and paths may be
+local or gs://. Every error names the path; those that a user can do something
+about are ValueErrors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import math
+import os
+import re
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+# epath would read gs:// through TensorFlow where that is installed: another
+# path than the tested one, and one that knows no emulator.
+os.environ.setdefault('EPATH_USE_TF', 'false')
+
+
+class Checkpoints:
+  """The checkpoints of one run, as its trainer sees them.
+
+  Readers (evaluation, export) call `restore` of this module instead: it leaves
+  the directory, which another process may be writing to, as it is.
+  """
+
+  def __init__(
+      self,
+      directory: str | epath.Path,
+      *,
+      keep_latest: int,
+      keep_best: int,
+      best_metric: str = 'eval/em',
+  ):
+    """Creates the directory and clears away what killed saves left in it.
+
+    Args:
+      directory: local path or gs:// address.
+      keep_latest: how many of the newest to keep, at least 1.
+      keep_best: how many of the best to keep besides; of equal ones the newer.
+      best_metric: the key of `save`'s metrics that says how good one is; a
+        checkpoint without it, or with NaN, is never among the best.
+
+    Raises:
+      ValueError: the directory cannot be created; keep_latest below 1.
+    """
+    if keep_latest < 1 or keep_best < 0:
+      raise ValueError(
+          f'checkpoints: keep_latest = {keep_latest}, keep_best = {keep_best}: '
+          'at least 1 and at least 0 are needed.')
+    self._directory = epath.Path(directory)
+    self._metric = best_metric
+    with _explained(self._directory):
+      self._manager = _manager(
+          self._directory,
+          create=True,
+          cleanup_tmp_directories=True,
+          # Without best_fn Orbax would not store the metrics at all.
+          best_fn=self._score,
+          preservation_policy=policies.AnyPreservationPolicy([
+              policies.LatestN(keep_latest),
+              policies.BestN(
+                  get_metric_fn=self._score,
+                  n=keep_best,
+                  keep_checkpoints_without_metrics=False),
+          ]),
+      )
+
+  def save(
+      self,
+      step: int,
+      state: Any,
+      metadata: Mapping[str, Any],
+      metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts to save; returns when `state` may be changed or donated.
+
+    Args:
+      step: not saved before.
+      state: pytree of arrays.
+      metadata: anything JSON (data position, config, model config).
+      metrics: `best_metric` is looked up here.
+
+    Raises:
+      ValueError: this save or the one before could not be written (disk full,
+        no permission), or the step exists already.
+    """
+    value = float((metrics or {}).get(self._metric, math.nan))
+    with _explained(self._directory):
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.PyTreeSave(state),
+              metadata=ocp.args.JsonSave(dict(metadata))),
+          metrics={} if math.isnan(value) else {self._metric: value},
+          force=True)
+
+  def latest(self) -> int | None:
+    """Step of the newest finished checkpoint, None if there is none."""
+    self.wait()
+    return self._manager.latest_step()
+
+  def restore(
+      self, like: Any, step: int | None = None
+  ) -> tuple[Any, dict[str, Any]]:
+    """As the module's `restore`, from this run's directory."""
+    self.wait()
+    return _restore(self._manager, like, step, partial=False)
+
+  def wait(self) -> None:
+    """Blocks until the save under way is on disk.
+
+    Raises:
+      ValueError: it could not be written.
+    """
+    with _explained(self._directory):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and releases the threads."""
+    with _explained(self._directory):
+      self._manager.close()
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    return metrics.get(self._metric, -math.inf)
+
+
+def restore(
+    directory: str | epath.Path,
+    like: Any,
+    step: int | None = None,
+    *,
+    partial: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+  """Reads a checkpoint without touching its directory.
+
+  Args:
+    directory: what `Checkpoints` was given.
+    like: pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf with a sharding
+      comes back as a jax array on it, whatever mesh it was saved from; a leaf
+      without one comes back as a numpy array.
+    step: the newest by default.
+    partial: `like` may lack leaves of the checkpoint, which are not read, and
+      may spell attributes as dictionary keys: `{'actor': {'params': ...}}`.
+
+  Returns:
+    The state, in the structure of `like`, and the metadata.
+
+  Raises:
+    ValueError: no such checkpoint, or one of another shape, type or structure;
+      names the directory and the steps in it, or the leaf and both shapes.
+  """
+  directory = epath.Path(directory)
+  with _explained(directory), contextlib.closing(
+      _manager(directory, create=False)) as manager:
+    return _restore(manager, like, step, partial)
+
+
+def save_once(path: str | epath.Path, tree: Any) -> None:
+  """Writes a pytree of arrays to `path`, whole or not at all; waits for it.
+
+  Replaces what is there. For what is written once a run, such as the frozen
+  reference.
+
+  Raises:
+    ValueError: the path cannot be written; names it.
+  """
+  path = epath.Path(path)
+  with _explained(path), ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
+
+
+def restore_once(path: str | epath.Path, like: Any) -> Any:
+  """Reads what `save_once` wrote; `like` as in `restore`.
+
+  Raises:
+    ValueError: nothing there, or a tree of another shape, type or structure.
+  """
+  path = epath.Path(path)
+  with _explained(path):
+    if not path.exists():
+      raise ValueError(
+          f'{path} does not exist: it is written when a run starts; give the '
+          'working directory of a run that got so far.')
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(path).item_metadata
+      _check_fits(saved, like, path, partial=False)
+      return checkpointer.restore(path, args=_restore_args(like))
+
+
+def _manager(directory: epath.Path, **options) -> ocp.CheckpointManager:
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  arrays, json = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+  registry.add('state', ocp.args.PyTreeSave, arrays)
+  registry.add('state', ocp.args.PyTreeRestore, arrays)
+  registry.add('metadata', ocp.args.JsonSave, json)
+  registry.add('metadata', ocp.args.JsonRestore, json)
+  return ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(**options),
+      handler_registry=registry)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, like: Any, step: int | None, partial: bool
+) -> tuple[Any, dict[str, Any]]:
+  steps = sorted(manager.all_steps())
+  if not steps or (step is not None and step not in steps):
+    wanted = 'no checkpoint' if step is None else f'no checkpoint {step}'
+    raise ValueError(
+        f'{manager.directory} holds {wanted}; steps present: '
+        f'{", ".join(map(str, steps)) or "none"}.')
+  step = steps[-1] if step is None else step
+  with _explained(manager.directory):
+    saved = manager.item_metadata(step)['state']
+    _check_fits(saved, like, manager.directory / str(step), partial)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=_restore_args(like, partial),
+            metadata=ocp.args.JsonRestore()))
+  return restored['state'], restored['metadata']
+
+
+def _restore_args(like: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
+  def leaf_args(leaf):
+    if getattr(leaf, 'sharding', None) is None:
+      return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=leaf.sharding, strict=True)
+
+  return ocp.args.PyTreeRestore(
+      like,
+      restore_args=jax.tree.map(leaf_args, like),
+      partial_restore=partial)
+
+
+def _check_fits(
+    saved: Any, like: Any, path: epath.Path, partial: bool
+) -> None:
+  """Raises ValueError unless the leaves of `like` are those of `saved`."""
+  saved, like = _leaves(getattr(saved, 'tree', saved)), _leaves(like)
+  problems = []
+  for name in sorted(saved.keys() | like.keys()):
+    if name not in saved:
+      problems.append(f'it lacks {name} {like[name]}')
+    elif name not in like:
+      if not partial:
+        problems.append(f'it has {name} {saved[name]}, the model has not')
+    elif saved[name] != like[name]:
+      problems.append(
+          f'{name} is {saved[name]} there and {like[name]} in the model')
+  if problems:
+    more = f' (and {len(problems) - 1} more)' if problems[1:] else ''
+    raise ValueError(
+        f'the checkpoint {path} does not fit the model: {problems[0]}{more}. '
+        'Use the config that it was saved with, or another directory.')
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+  """Maps dotted leaf names to 'dtype(shape)'; names as Orbax knows them."""
+  def key(entry):
+    for attribute in ('key', 'name', 'idx'):
+      if hasattr(entry, attribute):
+        return str(getattr(entry, attribute))
+    return str(entry)
+
+  return {
+      '.'.join(map(key, path)):
+          f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+      if hasattr(leaf, 'dtype')
+  }
+
+
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+  """Turns a failure of the file system into a ValueError that names it."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    code = getattr(error, 'errno', None)
+    # TensorStore reports the system's error code inside its message only.
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    if match:
+      code = int(match.group(1))
+    if code is None:
+      raise
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      advice = (
+          'free space, or keep fewer checkpoints, and run the same command '
+          'again: it resumes from the last whole checkpoint')
+    else:
+      advice = 'check that the directory exists, and its permissions'
+    raise ValueError(
+        f'checkpoint directory {path}: {os.strerror(code)}; {advice}.'
+    ) from error
