@@ -1,0 +1,359 @@
+"""Where model meets maths: states, targets and the PPO update.
+
+    make_batch: trajectory + rewards ─▶ log-probs, values, GAE ─▶ Batch
+    update:     epochs x minibatches x microbatches ─▶ new TrainState, metrics
+
+Owns the step-wise objective of StePPO (arXiv 2505.15107, Eq. 1): PPO over the
+tokens that the actor sampled, whose rewards carry the per-turn terms and the KL
+to the frozen reference. One compiled function each; `update` donates its state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from stepsearch import sharding
+from stepsearch import types
+from stepsearch.models import qwen
+from stepsearch.rl import advantages
+from stepsearch.rl import losses
+from stepsearch.rl import policy
+
+Params = Any
+Metrics = dict[str, jax.Array]
+# Leaves that are traced: a sweep over them compiles once.
+COEFFICIENTS = (
+    'gamma', 'gae_lambda', 'clip_eps', 'value_clip', 'kl_coef', 'entropy_coef',
+    'whiten_floor', 'temperature', 'actor_lr', 'critic_lr')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What shapes the update; the leaves of `config.ppo`."""
+
+  epochs: int = 1
+  minibatch_size: int = 64  # episodes per optimizer step
+  microbatch_size: int = 32  # episodes per forward and backward pass
+  gamma: float = 1.0  # per sampled token
+  gae_lambda: float = 1.0
+  clip_eps: float = 0.2
+  value_clip: float = 0.5
+  kl_coef: float = 1e-3  # on the token rewards, to the reference
+  kl_kind: str = 'k1'  # k1 | k2 | k3
+  entropy_coef: float = 0.0
+  average: str = 'trajectory'  # trajectory (paper) | token (released)
+  whiten_floor: float = 0.1
+  temperature: float = 1.0  # of the policy that sampled
+  logprob_chunk: int = 256  # positions of a row whose logits exist at a time
+  actor_lr: float = 7e-7
+  critic_lr: float = 7e-6
+  actor_warmup: float = 0.285  # share of all optimizer steps
+  critic_warmup: float = 0.015
+  optimizer: str = 'adamw'
+  weight_decay: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.999
+  max_grad_norm: float = 1.0
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that learns; what a checkpoint holds."""
+
+  step: jax.Array  # [] int32, finished updates
+  actor: policy.ModelState
+  critic: policy.ModelState
+
+
+def _split(tree, pieces):
+  """[B, ...] -> [pieces, B / pieces, ...], row i into piece i % pieces.
+
+  The stride keeps rows on the device where they lie: a batch sharded over its
+  leading axis is split without moving anything.
+  """
+  return jax.tree.map(
+      lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def _join(tree):
+  """Inverse of `_split`."""
+  return jax.tree.map(
+      lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+class Learner:
+  """The jitted functions for one model shape, PPO config and mesh.
+
+  Attributes:
+    make_batch: (state, reference, trajectory, rewards) -> (Batch, metrics).
+    update: (state, batch, key) -> (TrainState, metrics); donates `state`.
+    shardings: a `TrainState` of `NamedSharding`s.
+  """
+
+  def __init__(
+      self, model: qwen.Config, config: Config, mesh: jax.sharding.Mesh,
+      batch_size: int, num_steps: int,
+  ):
+    """Checks the sizes; compiles nothing yet.
+
+    Args:
+      model: sizes that actor, critic and reference share.
+      config: the leaves of `config.ppo`.
+      mesh: from `sharding.make_mesh`.
+      batch_size: episodes a step, over all devices.
+      num_steps: learner steps of the whole run; warm-up shares refer to it.
+
+    Raises:
+      ValueError: sizes that do not divide; an unknown option.
+    """
+    _check(config, mesh, batch_size)
+    self.config = config
+    self.mesh = mesh
+    self._model = model
+    self._actor = qwen.Qwen(model)
+    self._critic = qwen.Critic(model)
+    self._tx = policy.optimizer(
+        config.optimizer, config.beta1, config.beta2, config.weight_decay,
+        config.max_grad_norm)
+    self._minibatches = batch_size // config.minibatch_size
+    self._microbatches = config.minibatch_size // config.microbatch_size
+    self._updates_per_step = config.epochs * self._minibatches
+    total = max(num_steps, 1) * self._updates_per_step
+    self._coefficients = {
+        name: jnp.float32(getattr(config, name)) for name in COEFFICIENTS}
+    self._coefficients['actor_ramp'], self._coefficients['critic_ramp'] = (
+        jnp.float32(max(round(share * total), 1))
+        for share in (config.actor_warmup, config.critic_warmup))
+
+    everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    self.shardings = self._state_shardings()
+    self._init = jax.jit(
+        lambda key: self._fresh(qwen.init(model, key)),
+        out_shardings=self.shardings)
+    self._start = jax.jit(self._fresh, out_shardings=self.shardings)
+    self._make_batch = jax.jit(
+        self._targets, out_shardings=(rows, everywhere))
+    self._update = jax.jit(
+        self._ppo, donate_argnums=(0,),
+        out_shardings=(self.shardings, everywhere))
+
+  def init(self, key: jax.Array) -> TrainState:
+    """Step 0 of a random actor; the critic shares its trunk, head zero."""
+    return self._init(key)
+
+  def start(self, actor: Params) -> TrainState:
+    """Step 0 of given actor parameters, with fresh critic and optimizers."""
+    return self._start(actor)
+
+  def make_batch(
+      self, state: TrainState, reference: Params,
+      trajectory: types.Trajectory, rewards: jax.Array,
+  ) -> tuple[types.Batch, Metrics]:
+    """Log-probs under pi_old and reference, values, GAE, whitening.
+
+    pi_old is recomputed by the function that `update` differentiates, so the
+    ratio is 1 on the first minibatch whatever sampled the tokens; the recorded
+    log-probs are compared with it: `ppo/sampler_mismatch`, the largest absolute
+    difference over the batch, in nats.
+
+    Args:
+      state: actor and critic that define pi_old and the values.
+      reference: parameters of the frozen policy.
+      trajectory: [B, T] arrays as sampled.
+      rewards: [B, T] float32, turn and global rewards at their tokens.
+    """
+    return self._make_batch(
+        state.actor.params, state.critic.params, reference, trajectory,
+        rewards, self._coefficients)
+
+  def update(
+      self, state: TrainState, batch: types.Batch, key: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    """One learner step: every epoch and minibatch, in one program.
+
+    Args:
+      state: donated.
+      batch: from `make_batch`.
+      key: orders the minibatches.
+    """
+    return self._update(state, batch, key, self._coefficients)
+
+  # -- states ----------------------------------------------------------------
+
+  def _fresh(self, actor):
+    critic = qwen.init_critic(self._model, actor)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        actor=policy.ModelState(actor, self._tx.init(actor)),
+        critic=policy.ModelState(critic, self._tx.init(critic)))
+
+  def _state_shardings(self):
+    state = jax.eval_shape(
+        lambda: self._fresh(qwen.init(self._model, jax.random.key(0))))
+    everywhere = sharding.replicated(self.mesh)
+
+    def laid_out(model, axes):
+      params = sharding.shardings(axes, self.mesh)
+      opt_state = optax.tree_utils.tree_map_params(
+          self._tx, lambda x, s: s if x.ndim else everywhere,
+          model.opt_state, params,
+          transform_non_params=lambda _: everywhere)
+      return policy.ModelState(params, opt_state)
+
+    actor, critic = qwen.axes(self._model)
+    return TrainState(
+        step=everywhere, actor=laid_out(state.actor, actor),
+        critic=laid_out(state.critic, critic))
+
+  # -- targets ---------------------------------------------------------------
+
+  def _values(self, params, tokens):
+    values = self._critic.apply(
+        {'params': params}, tokens, policy.positions(tokens))
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+
+  def _logprobs(self, params, tokens, temperature):
+    return policy.next_token_logprobs(
+        self._actor, params, tokens, temperature, self.config.logprob_chunk)
+
+  def _targets(self, actor, critic, reference, trajectory, rewards, c):
+    mask = trajectory.loss_mask
+
+    def forward(tokens):
+      logprobs, _ = self._logprobs(actor, tokens, c['temperature'])
+      ref_logprobs, _ = self._logprobs(reference, tokens, c['temperature'])
+      return logprobs, ref_logprobs, self._values(critic, tokens)
+
+    pieces = self._minibatches * self._microbatches
+    logprobs, ref_logprobs, values = _join(
+        jax.lax.map(forward, _split(trajectory.tokens, pieces)))
+    logprobs, ref_logprobs, values = (
+        x * mask for x in (logprobs, ref_logprobs, values))
+    drift = losses.kl(logprobs, ref_logprobs, self.config.kl_kind)
+    rewards = (rewards - c['kl_coef'] * drift) * mask
+    raw, returns = advantages.gae(
+        rewards, values, mask, c['gamma'], c['gae_lambda'])
+    batch = types.Batch(
+        tokens=trajectory.tokens, token_mask=trajectory.token_mask,
+        loss_mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs,
+        values=values,
+        advantages=advantages.whiten(raw, mask, c['whiten_floor']),
+        returns=returns)
+    mean = lambda x: advantages.masked_mean(x, mask)
+    residual = returns - values
+    variance = lambda x: mean((x - mean(x))**2)
+    metrics = {
+        'ppo/reference_kl': mean(drift),
+        'ppo/sampler_mismatch': jnp.max(
+            jnp.abs(logprobs - trajectory.logprobs) * mask),
+        'ppo/advantage_deviation': jnp.sqrt(variance(raw)),
+        'critic/value': mean(values),
+        'critic/return': mean(returns),
+        'critic/explained_variance': 1.0 - variance(residual) / jnp.maximum(
+            variance(returns), 1e-8),
+    }
+    return batch, metrics
+
+  # -- update ----------------------------------------------------------------
+
+  def _actor_loss(self, params, batch, weights, c):
+    logprobs, entropy = self._logprobs(params, batch.tokens, c['temperature'])
+    loss, clipped = losses.policy_loss(
+        logprobs, batch.logprobs, batch.advantages, c['clip_eps'])
+    total = lambda x: jnp.sum(
+        jnp.where(batch.loss_mask > 0, x, 0.0) * weights)
+    objective = total(loss - c['entropy_coef'] * entropy)
+    return objective, {
+        'ppo/policy_loss': total(loss),
+        'ppo/entropy': total(entropy),
+        'ppo/clip_fraction': total(clipped),
+        'ppo/approx_kl': total(losses.kl(batch.logprobs, logprobs, 'k3')),
+    }
+
+  def _critic_loss(self, params, batch, weights, c):
+    values = self._values(params, batch.tokens)
+    loss, clipped = losses.value_loss(
+        values, batch.values, batch.returns, c['value_clip'])
+    objective = jnp.sum(loss * weights)
+    return objective, {
+        'critic/loss': objective,
+        'critic/clip_fraction': jnp.sum(clipped * weights),
+    }
+
+  def _accumulate(self, loss, params, batch, weights, c):
+    """Gradient and metrics summed over microbatches."""
+    grad = jax.grad(loss, has_aux=True)
+
+    def one(total, piece):
+      return jax.tree.map(jnp.add, total, grad(params, *piece, c)), None
+
+    pieces = _split((batch, weights), self._microbatches)
+    shapes = jax.eval_shape(
+        grad, params, *jax.tree.map(lambda x: x[0], pieces), c)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(one, zeros, pieces)[0]
+
+  def _ppo(self, state, batch, key, c):
+    def minibatch(carry, batch):
+      actor, critic, count = carry
+      weights = losses.weights(batch.loss_mask, self.config.average)
+      metrics = {}
+      new = []
+      for name, model, loss in (
+          ('actor', actor, self._actor_loss),
+          ('critic', critic, self._critic_loss)):
+        grads, aux = self._accumulate(loss, model.params, batch, weights, c)
+        rate = c[f'{name}_lr'] * jnp.minimum(
+            (count + 1) / c[f'{name}_ramp'], 1.0)
+        new.append(policy.apply_gradients(self._tx, model, grads, rate))
+        prefix = 'ppo' if name == 'actor' else name
+        metrics |= aux | {
+            f'{prefix}/grad_norm': optax.global_norm(grads),
+            f'{prefix}/learning_rate': rate}
+      return (*new, count + 1), metrics
+
+    def epoch(carry, key):
+      order = jax.random.permutation(key, batch.tokens.shape[0])
+      shuffled = jax.tree.map(lambda x: x[order], batch)
+      return jax.lax.scan(
+          minibatch, carry, _split(shuffled, self._minibatches))
+
+    carry = (state.actor, state.critic,
+             (state.step * self._updates_per_step).astype(jnp.float32))
+    (actor, critic, _), metrics = jax.lax.scan(
+        epoch, carry, jax.random.split(key, self.config.epochs))
+    metrics = jax.tree.map(jnp.mean, metrics)
+    return TrainState(state.step + 1, actor, critic), metrics
+
+
+def _check(config, mesh, batch_size):
+  for field, value, of, size in (
+      ('minibatch_size', config.minibatch_size, 'config.batch_size',
+       batch_size),
+      ('microbatch_size', config.microbatch_size,
+       'config.ppo.minibatch_size', config.minibatch_size)):
+    if value < 1 or size % value:
+      raise ValueError(
+          f'config.ppo.{field} = {value} does not divide {of} = {size}: '
+          f'choose a divisor of {size}.')
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if config.microbatch_size % shards:
+    raise ValueError(
+        f'config.ppo.microbatch_size = {config.microbatch_size} cannot be '
+        f'split over the {shards} data x fsdp shards of config.mesh: choose a '
+        f'multiple of {shards}.')
+  for field, options in (
+      ('average', ('trajectory', 'token')), ('kl_kind', ('k1', 'k2', 'k3')),
+      ('optimizer', policy.OPTIMIZERS)):
+    value = getattr(config, field)
+    if value not in options:
+      raise ValueError(
+          f'config.ppo.{field} = {value!r}: choose one of {options}.')
+  if config.epochs < 1:
+    raise ValueError(f'config.ppo.epochs = {config.epochs}: at least 1.')
