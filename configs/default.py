@@ -1,0 +1,75 @@
+"""Every leaf, with the paper's numbers; other files change what they need."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg=''):
+  del arg
+  config = ConfigDict()
+  config.seed = 0
+  config.algorithm = 'steppo'  # steppo | ppo: the reward of the answer alone
+  config.num_steps = 500
+  config.batch_size = 256  # episodes a step
+  config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1: what is left
+  config.tokenizer = ''  # folder or tokenizer.json; '' = the world's own words
+  config.tensorboard = True
+  config.compilation_cache = ''  # folder for compiled programs; '' = off
+
+  # A dense decoder; the shape of Qwen2.5-3B. vocab_size 0 = the tokenizer's.
+  config.model = ConfigDict(dict(
+      vocab_size=0, embed=2048, layers=36, heads=16, kv_heads=2, head_dim=128,
+      mlp=11008, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True,
+      attention_bias=True, qk_norm=False, dtype='bfloat16', remat=True))
+
+  config.data = ConfigDict(dict(
+      source='jsonl',  # jsonl | world
+      train='', eval='', corpus='',  # JSONL files of source = jsonl
+      demonstrations='',  # JSONL of {question, text}; or search_keys
+      train_questions=4000,  # source = world: how many are made
+      eval_questions=384,  # at most; 0 = all
+      train_hops=(2, 3, 4), train_shares=(1., 1., 1.),
+      eval_hops=(2, 3, 4), eval_shares=(1., 1., 1.)))
+  config.world = ConfigDict(dict(
+      train_entities=240, eval_entities=120, name_words=40, same_type=False))
+
+  config.retriever = ConfigDict(dict(
+      embedder='lexical', dimensions=2048,
+      index='auto',  # auto | scann | exact
+      directory='',  # '' = <workdir>/index
+      factory=''))  # 'package.module:function' of a user's own engine
+
+  config.rollout = ConfigDict(dict(
+      protocol='full',  # full | short: the texts around the turns
+      max_turns=5, k=3, prompt_length=2048, response_length=800,
+      observation_length=800, max_length=8192, temperature=1.0, top_k=0,
+      top_p=1.0, length_multiple=128))
+
+  config.reward = ConfigDict(dict(
+      variant='paper',  # paper | released
+      wrong_format=0.0,  # the released code's is -1
+      search_key_coef=0.618, turn_scale=1.0,
+      similarity='tfidf',  # tfidf | retriever
+      answer=True, search_key=True, information_gain=True,
+      redundancy_penalty=True, turn_reward=True,
+      factory=''))  # 'package.module:function' of a user's own reward
+
+  config.ppo = ConfigDict(dict(
+      epochs=1, minibatch_size=64, microbatch_size=32, gamma=1.0,
+      gae_lambda=1.0, clip_eps=0.2, value_clip=0.5, kl_coef=1e-3,
+      kl_kind='k1', entropy_coef=0.0, average='trajectory', whiten_floor=0.1,
+      logprob_chunk=256, actor_lr=7e-7, critic_lr=7e-6, actor_warmup=0.285,
+      critic_warmup=0.015, optimizer='adamw', weight_decay=0.0, beta1=0.9,
+      beta2=0.999, max_grad_norm=1.0))
+
+  config.warmup = ConfigDict(dict(
+      steps=0,  # 0 = none
+      batch_size=32, learning_rate=1e-5, ramp=0.05, weight_decay=0.0,
+      # Of the world's sloppy searcher, when no file of demonstrations is given:
+      demonstrations=6000, hops=(2, 3, 4), shares=(0.7, 0.2, 0.1),
+      good_query=0.3, retry=0.6, early_stop=0.15, rename=True))
+
+  config.eval = ConfigDict(dict(
+      every=50, batch_size=128,
+      sampled=True))  # also at T = rollout.temperature, first and last
+  config.checkpoint = ConfigDict(dict(every=50, keep_latest=2, keep_best=1))
+  return config

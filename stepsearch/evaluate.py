@@ -1,0 +1,101 @@
+"""Evaluates a checkpoint: greedy, every held-out question exactly once.
+
+    python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR
+
+Writes DIR/eval.json (means, by dataset and by hops) and DIR/transcripts.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import ml_collections
+
+from stepsearch import assembly
+from stepsearch import checkpoints
+from stepsearch import config as config_lib
+from stepsearch import evaluation
+from stepsearch import metrics
+from stepsearch.models import qwen
+
+
+def evaluate(
+    config: ml_collections.ConfigDict, checkpoint: str, output: str,
+    step: int | None = None, *, sampled: bool = False,
+) -> dict[str, dict[str, float]]:
+  """Plays the held-out questions of the config with a trained actor.
+
+  Args:
+    config: of the run; its held-out questions and engine are used.
+    checkpoint: the workdir of a run, or its checkpoints folder.
+    output: receives eval.json and transcripts.jsonl.
+    step: of the checkpoint; the newest by default.
+    sampled: at T = config.rollout.temperature instead of greedy.
+
+  Returns:
+    `evaluation.summary` by dataset, and over all of them as 'all'.
+
+  Raises:
+    ValueError: no such checkpoint, or one of another shape; a bad config.
+  """
+  assembly.tune_host()
+  root = pathlib.Path(checkpoint)
+  if root.name == 'checkpoints':
+    root = root.parent
+  if not (root / 'checkpoints').is_dir():
+    raise ValueError(
+        f'--checkpoint={checkpoint}: there is no run here (no checkpoints '
+        'folder in it); give the --workdir of a training run.')
+  out = pathlib.Path(config_lib.check_workdir(output))
+  progress = metrics.Progress(0)
+  parts = assembly.build(config, root, say=progress.line)
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(lambda: qwen.init(parts.model, jax.random.key(0))),
+      assembly.make_learner(parts).shardings.actor.params)
+  state, metadata = checkpoints.restore(
+      root / 'checkpoints', {'actor': {'params': like}}, step, partial=True)
+
+  with progress.phase('questions', len(parts.eval)) as tick:
+    _, rows = evaluation.evaluate(
+        parts.collect, parts.score, state['actor']['params'], parts.eval,
+        config.eval.batch_size, jax.random.key(config.seed),
+        greedy=not sampled, on_batch=lambda rows: tick(
+            len(rows), em=evaluation.summary(rows)['em']))
+  results = {
+      name: evaluation.summary([r for r in rows if r['dataset'] == name])
+      for name in sorted({r['dataset'] for r in rows})}
+  results['all'] = evaluation.summary(rows)
+  (out / 'transcripts.jsonl').write_text(''.join(
+      json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+  (out / 'eval.json').write_text(json.dumps(
+      {'checkpoint': str(root), 'step': metadata['step'],
+       'decoding': 'sampled' if sampled else 'greedy', 'results': results},
+      indent=2) + '\n')
+  progress.line(f'step {metadata["step"]} of {root}')
+  for name, found in results.items():
+    progress.line(
+        f'{name:>12}: EM {found["em"]:.3f}  F1 {found["f1"]:.3f}  searches '
+        f'{found["searches"]:.2f}  gold recall {found["gold_recall"]:.3f}  '
+        f'({found["questions"]:.0f} questions)')
+  progress.line(f'written: {out / "eval.json"}, {out / "transcripts.jsonl"}')
+  return results
+
+
+if __name__ == '__main__':
+  from absl import flags
+
+  _CHECKPOINT = flags.DEFINE_string(
+      'checkpoint', None, 'Workdir of the training run.', required=True)
+  _OUTPUT = flags.DEFINE_string(
+      'output', None, 'Where eval.json and transcripts.jsonl go.',
+      required=True)
+  _STEP = flags.DEFINE_integer(
+      'step', None, 'Step of the checkpoint; the newest by default.')
+  _SAMPLED = flags.DEFINE_bool(
+      'sampled', False, 'Sample at rollout.temperature instead of greedy.')
+  config_lib.main(lambda config: evaluate(
+      config, _CHECKPOINT.value, _OUTPUT.value, _STEP.value,
+      sampled=_SAMPLED.value))

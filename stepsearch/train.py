@@ -1,0 +1,280 @@
+"""Trains a searcher: `python -m stepsearch.train --config=… --workdir=…`.
+
+    warm-up ─▶ step 0 ─▶ [collect ─▶ score ─▶ make_batch ─▶ update]* ─▶ report
+
+The same command again resumes, bitwise; a finished run says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import time
+
+import jax
+import ml_collections
+
+from stepsearch import assembly
+from stepsearch import checkpoints
+from stepsearch import config as config_lib
+from stepsearch import evaluation
+from stepsearch import metrics
+from stepsearch import report
+from stepsearch import sharding
+from stepsearch import warmup
+from stepsearch.data import loader
+from stepsearch.models import qwen
+from stepsearch.rl import rewards as rewards_lib
+
+# What may differ between the runs of one workdir.
+_MAY_CHANGE = ('checkpoint', 'tensorboard', 'compilation_cache')
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str, source: str = 'FILE'
+) -> dict[str, float]:
+  """Trains to the end, or on from the last checkpoint.
+
+  Args:
+    config: as of configs/default.py.
+    workdir: receives config.json, metrics.jsonl, tensorboard/, index/,
+      reference/, checkpoints/, transcripts/, eval.json, learning_curve.png.
+    source: the --config flag, for the commands that are shown.
+
+  Returns:
+    the final evaluation, as of `evaluation.summary`.
+
+  Raises:
+    ValueError: a config, file or workdir that cannot work, before any compute.
+    FloatingPointError: the run has diverged.
+  """
+  assembly.tune_host()
+  if config.compilation_cache:
+    jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
+  root = pathlib.Path(config_lib.check_workdir(workdir))
+  config_lib.write(config, root, _MAY_CHANGE)
+  progress = metrics.Progress(config.num_steps)
+  finished = root / 'eval.json'
+  if finished.exists():
+    stored = json.loads(finished.read_text())
+    progress.line(f'{root} is a finished run of {config.num_steps} steps.')
+    _conclude(progress, root, stored, source)
+    return stored['after']['greedy']
+
+  parts = assembly.build(config, root, say=progress.line)
+  learner = assembly.make_learner(parts)
+  key = jax.random.key(config.seed)
+  init_key, rollout_key, update_key, eval_key = (
+      jax.random.fold_in(key, i) for i in range(4))
+  examples = loader.Loader(
+      parts.train, config.batch_size, config.seed, jax.process_index(),
+      jax.process_count())
+  timer = metrics.Timer()
+
+  with contextlib.ExitStack() as stack:
+    store = stack.enter_context(checkpoints.Checkpoints(
+        root / 'checkpoints', keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best))
+    writer = stack.enter_context(contextlib.closing(
+        metrics.Writer(root, config.tensorboard)))
+
+    def evaluated(step, params, ends):
+      """Plays the held-out questions; sampled too, at both ends of the run."""
+      found = {}
+      kinds = ('greedy', 'sampled') if ends and config.eval.sampled else (
+          'greedy',)
+      for kind in kinds:
+        with timer.section('eval'):
+          found[kind], rows = evaluation.evaluate(
+              parts.collect, parts.score, params, parts.eval,
+              config.eval.batch_size, jax.random.fold_in(eval_key, step),
+              greedy=kind == 'greedy')
+        _write_rows(
+            root / 'transcripts' / f'step_{step:06d}_{kind}.jsonl', rows)
+        prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
+        writer.write(
+            step, {f'{prefix}/{name}': x for name, x in found[kind].items()})
+      return found
+
+    def saved(step, state, found):
+      with timer.section('checkpoint'):
+        store.save(
+            step, state,
+            {'step': step, 'next_example': step * config.batch_size,
+             'config': json.loads(config_lib.to_json(config)),
+             'model': vars(parts.model) | {}},
+            {'eval/em': found['em']} if found else None)
+
+    # -- step 0: the warmed-up policy, which is also the reference -------------
+    first = store.latest()
+    if first is None:
+      params, reference = _step_zero(
+          parts, learner, root, init_key, progress, timer)
+      state = learner.start(params)
+      writer.cut_back(-1)
+      found = evaluated(0, state.actor.params, True)
+      _show(progress, 'after warm-up', found)
+      writer.write(0, timer.flush())
+      writer.flush()
+      _write_json(root / 'before.json', found)
+      saved(0, state, found['greedy'])
+      first = 0
+    else:
+      like = jax.tree.map(
+          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+          jax.eval_shape(learner.init, init_key), learner.shardings)
+      state, _ = store.restore(like)
+      reference = checkpoints.restore_once(
+          root / 'reference', like.actor.params)
+      writer.cut_back(first)
+      progress.line(f'resumed {root} at step {first}')
+
+    # -- StePPO ----------------------------------------------------------------
+    delayed = metrics.Delayed()
+    host: dict[int, dict[str, float]] = {}
+
+    def report_step(ready, em=None):
+      """Writes and shows the device metrics of a step that has finished."""
+      if ready is None:
+        return
+      step, values = ready
+      metrics.check_finite(step, values, root, store.latest())
+      row = host.pop(step)
+      writer.write(step, values | row)
+      shown = {'answer': row['reward/answer'], 'key': row['reward/search_key'],
+               'gain': row['reward/information_gain'],
+               'redundancy': row['reward/redundancy']}
+      progress.step(step, shown, row['rollout/tokens_per_s'], em)
+
+    progress.start()
+    final = None
+    for step in range(first, config.num_steps):
+      batch_examples = examples.batch(step)
+      start = time.perf_counter()
+      with timer.section('rollout'):
+        trajectory, transcripts = parts.collect(
+            state.actor.params, batch_examples,
+            jax.random.fold_in(rollout_key, step))
+      seconds = time.perf_counter() - start
+      with timer.section('reward'):
+        scores = parts.score(batch_examples, transcripts)
+        mask, turn_ends = jax.device_get(
+            (trajectory.loss_mask, trajectory.turn_ends))
+        rewards = sharding.shard_batch(
+            rewards_lib.place(scores, mask, turn_ends), parts.mesh)
+      with timer.section('update'):
+        batch, target_metrics = learner.make_batch(
+            state, reference, trajectory, rewards)
+        state, update_metrics = learner.update(
+            state, batch, jax.random.fold_in(update_key, step))
+      done = step + 1
+      last = done == config.num_steps
+      host[done] = evaluation.rollout_metrics(
+          transcripts, scores, int(mask.sum()), seconds)
+      ready = delayed.push(done, target_metrics | update_metrics)
+      report_step(ready)
+      found = None
+      if last or done % config.eval.every == 0:
+        with timer.section('update'):
+          ready = delayed.drain()
+        found = evaluated(done, state.actor.params, last)
+        report_step(ready, found['greedy']['em'])
+        final = found if last else None
+      elif done % config.checkpoint.every == 0:
+        report_step(delayed.drain())
+      writer.write(done, timer.flush())
+      writer.flush(done - 1 if done in host else done)
+      if last or done % config.checkpoint.every == 0:
+        saved(done, state, found['greedy'] if found else None)
+
+    if final is None:  # no step was left to take
+      final = evaluated(config.num_steps, state.actor.params, True)
+    store.wait()
+
+  before = json.loads((root / 'before.json').read_text())
+  stored = {'before': before, 'after': final}
+  report.learning_curve(
+      metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
+  _write_json(finished, stored)
+  _conclude(progress, root, stored, source)
+  return final['greedy']
+
+
+def _step_zero(parts, learner, root, key, progress, timer):
+  """The warmed-up policy, and the frozen copy of it that is the reference."""
+  config = parts.config
+  reference_path = root / 'reference'
+  if reference_path.exists():
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(lambda: qwen.init(parts.model, key)),
+        learner.shardings.actor.params)
+    reference = checkpoints.restore_once(reference_path, like)
+    return reference, reference
+  params = jax.jit(
+      lambda k: qwen.init(parts.model, k),
+      out_shardings=learner.shardings.actor.params)(key)
+  if config.warmup.steps:
+    with timer.section('warmup'):
+      demonstrations = assembly.demonstrations(parts)
+      settings = config.warmup.to_dict()
+      for name in ('demonstrations', 'hops', 'shares', 'good_query', 'retry',
+                   'early_stop', 'rename'):
+        del settings[name]
+      with progress.phase('warm-up', config.warmup.steps) as tick:
+        params = warmup.train(
+            params, demonstrations, parts.model,
+            warmup.Config(
+                length_multiple=config.rollout.length_multiple,
+                logprob_chunk=config.ppo.logprob_chunk, **settings),
+            parts.mesh, config.seed, augment=assembly.renames(parts),
+            on_step=lambda step, row: tick(step, loss=row['warmup/loss']))
+  checkpoints.save_once(reference_path, params)
+  return params, params
+
+
+def _show(progress, when, found):
+  for kind, row in found.items():
+    progress.line(
+        f'{when}, {kind}: EM {row["em"]:.3f}  F1 {row["f1"]:.3f}  searches '
+        f'{row["searches"]:.2f}  ({row["questions"]:.0f} questions)')
+
+
+def _conclude(progress, root, stored, source):
+  """The table, and what to try next."""
+  for kind in stored['after']:
+    progress.line(f'\nheld-out questions, {kind}:')
+    progress.line(report.table(stored['before'][kind], stored['after'][kind]))
+  progress.line(
+      f'\nplot: {root / "learning_curve.png"}   transcripts: '
+      f'{root / "transcripts"}')
+  progress.line(
+      f'next:  python -m stepsearch.evaluate --config={shlex.quote(source)} '
+      f'--checkpoint={shlex.quote(str(root))} --output='
+      f'{shlex.quote(str(root / "evaluation"))}')
+
+
+def _write_rows(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = path.with_suffix('.tmp')
+  draft.write_text(''.join(
+      json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+  draft.replace(path)
+
+
+def _write_json(path, value):
+  draft = path.with_suffix('.tmp')
+  draft.write_text(json.dumps(value, indent=2) + '\n')
+  os.replace(draft, path)
+
+
+if __name__ == '__main__':
+  from absl import flags
+
+  _WORKDIR = flags.DEFINE_string(
+      'workdir', None, 'Where everything of this run is kept.', required=True)
+  config_lib.main(lambda config: train(
+      config, _WORKDIR.value, flags.FLAGS.config))
