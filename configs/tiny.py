@@ -10,7 +10,8 @@ from stepsearch import config as config_lib
 
 
 def _sparse(config):
-  config.data.train_hops, config.data.train_shares = (4,), (1.,)
+  config.num_steps = 20
+  config.data.train_hops, config.data.train_shares = (3, 4), (1., 1.)
   config.reward.wrong_format = -1.0  # in both arms
   config.warmup.shares = (0.85, 0.15, 0.0)
   config.warmup.good_query = 0.2
@@ -32,18 +33,19 @@ VARIANTS = {'sparse': _sparse, 'ppo': _ppo, 'good': _good}
 
 def get_config(arg=''):
   config = default.get_config()
-  config.num_steps = 40
+  config.num_steps = 30
   config.batch_size = 64
   config.model.update(dict(
       embed=96, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=192,
-      rope_theta=1e4, dtype='float32', remat=False))
+      rope_theta=1e4, attention_bias=False, qk_norm=True, dtype='float32',
+      remat=False))
   config.data.source = 'world'
   config.retriever.dimensions = 1024
   config.rollout.update(dict(
       protocol='short', max_turns=5, k=2, prompt_length=32, response_length=16,
       observation_length=32, max_length=288, length_multiple=64))
   config.ppo.update(dict(
-      minibatch_size=16, microbatch_size=16, actor_lr=7e-4, critic_lr=1e-3,
+      minibatch_size=16, microbatch_size=16, actor_lr=5e-4, critic_lr=1e-3,
       actor_warmup=0.05, critic_warmup=0.015))
   config.warmup.update(dict(steps=450, learning_rate=4e-3, weight_decay=0.01))
   config.eval.update(dict(every=10, batch_size=64))

@@ -226,9 +226,10 @@ class Progress:
     self._times = collections.deque(maxlen=21)  # of the last 20 steps
     self._em = None
 
-  def start(self) -> None:
-    """Marks the beginning of the first step, for the time left."""
+  def start(self, em: float | None = None) -> None:
+    """Marks the beginning of the first step; `em` is the last one known."""
     self._times.append(self._clock())
+    self._em = em
 
   def step(
       self,

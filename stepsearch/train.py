@@ -81,7 +81,7 @@ def train(
     writer = stack.enter_context(contextlib.closing(
         metrics.Writer(root, config.tensorboard)))
 
-    def evaluated(step, params, ends):
+    def evaluated(step, params, ends, record=True):
       """Plays the held-out questions; sampled too, at both ends of the run."""
       found = {}
       kinds = ('greedy', 'sampled') if ends and config.eval.sampled else (
@@ -94,9 +94,10 @@ def train(
               greedy=kind == 'greedy')
         _write_rows(
             root / 'transcripts' / f'step_{step:06d}_{kind}.jsonl', rows)
-        prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
-        writer.write(
-            step, {f'{prefix}/{name}': x for name, x in found[kind].items()})
+        if record:
+          prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
+          writer.write(
+              step, {f'{prefix}/{name}': x for name, x in found[kind].items()})
       return found
 
     def saved(step, state, found):
@@ -135,13 +136,14 @@ def train(
     # -- StePPO ----------------------------------------------------------------
     delayed = metrics.Delayed()
     host: dict[int, dict[str, float]] = {}
+    last_saved = [first]
 
     def report_step(ready, em=None):
       """Writes and shows the device metrics of a step that has finished."""
       if ready is None:
         return
       step, values = ready
-      metrics.check_finite(step, values, root, store.latest())
+      metrics.check_finite(step, values, root, last_saved[0])
       row = host.pop(step)
       writer.write(step, values | row)
       shown = {'answer': row['reward/answer'], 'key': row['reward/search_key'],
@@ -149,7 +151,10 @@ def train(
                'redundancy': row['reward/redundancy']}
       progress.step(step, shown, row['rollout/tokens_per_s'], em)
 
-    progress.start()
+    known = [
+        row['eval/em'] for row in metrics.read(root / 'metrics.jsonl')
+        if 'eval/em' in row]
+    progress.start(known[-1] if known else None)
     final = None
     for step in range(first, config.num_steps):
       batch_examples = examples.batch(step)
@@ -189,9 +194,10 @@ def train(
       writer.flush(done - 1 if done in host else done)
       if last or done % config.checkpoint.every == 0:
         saved(done, state, found['greedy'] if found else None)
+        last_saved[0] = done
 
-    if final is None:  # no step was left to take
-      final = evaluated(config.num_steps, state.actor.params, True)
+    if final is None:  # no step was left to take; the last row is written
+      final = evaluated(config.num_steps, state.actor.params, True, False)
     store.wait()
 
   before = json.loads((root / 'before.json').read_text())

@@ -125,7 +125,7 @@ def train(
     FloatingPointError: the loss is not finite.
   """
   actor = qwen.Qwen(model)
-  tx = policy.optimizer('adamw', 0.9, 0.999, config.weight_decay, 1.0)
+  tx = policy.optimizer('adamw', 0.9, 0.95, config.weight_decay, 1.0)
   ramp = max(round(config.ramp * config.steps), 1)
   schedule = optax.schedules.warmup_cosine_decay_schedule(
       config.learning_rate / ramp, config.learning_rate, ramp,

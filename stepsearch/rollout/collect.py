@@ -174,8 +174,10 @@ class Collector:
         turns[row] = types.Turn(text, query)
 
     asked = [row for row, turn in turns.items() if turn.query]
-    found = dict(zip(asked, self._search(
-        [turns[row].query for row in asked], self.config.k)))
+    found = {}
+    if asked:
+      found = dict(zip(asked, self._search(
+          [turns[row].query for row in asked], self.config.k)))
     observations: list[list[int]] = [[] for _ in episodes]
     for row, turn in turns.items():
       episode = episodes[row]
