@@ -244,6 +244,24 @@ def test_split_transcript():
   assert split(SEARCH + '<information>open') == [SEARCH + '<information>open']
 
 
+@pytest.mark.parametrize(
+    'texts', [protocol.Protocol(), protocol.Protocol.short()])
+def test_pieces_are_told_apart_and_lose_nothing(texts):
+  block = texts.information(['seen'])
+  turns = [
+      protocol.search_turn(' t', ' q'), protocol.search_turn(' t', ' r'),
+      protocol.answer_turn(' t', ' a')]  # fmt: skip
+  for message in ('', texts.last_turn):
+    written = [turns[0], block, turns[1], block + message, turns[2]]
+    assert texts.pieces(''.join(written)) == list(
+        zip(written, [True, False, True, False, True]))
+  # A block that follows no search is the policy's own, as is the message.
+  own = f'<think>{block}</think>{texts.last_turn}<answer>a</answer>'
+  assert texts.pieces(turns[0] + block + own) == [
+      (turns[0], True), (block, False), (own, True)]
+  assert texts.pieces('') == []
+
+
 def test_real_transcripts_split_into_searches_and_an_end():
   path = SHARED / 'data/raw/search_r1_3b_instruct_bamboogle_transcripts.json'
   if not path.exists():

