@@ -40,6 +40,7 @@ def get_config(arg=''):
 
   config.rollout = ConfigDict(dict(
       protocol='full',  # full | short: the texts around the turns
+      chat=True,  # the tokenizer's chat template, if any; off: base models
       max_turns=5, k=3, prompt_length=2048, response_length=800,
       observation_length=800, max_length=8192, temperature=1.0, top_k=0,
       top_p=1.0, length_multiple=128))

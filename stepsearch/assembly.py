@@ -152,11 +152,13 @@ def demonstrations(parts: Parts) -> warmup.Demonstrations:
   """Tokenised demonstrations: the user's file, or the world's searcher."""
   config = parts.config
   c = config.warmup
-  texts = parts.protocol
+  cache = {}
 
   def observation(found, last):
-    documents = [texts.document_text(i + 1, d) for i, d in enumerate(found)]
-    return texts.information(documents) + (texts.last_turn if last else '')
+    ids, _ = protocol_lib.observation_tokens(
+        parts.protocol, parts.tokenizer, found,
+        config.rollout.observation_length, last_turn=last, cache=cache)
+    return parts.tokenizer.decode(ids)
 
   budget = dict(
       k=config.rollout.k, max_turns=config.rollout.max_turns, seed=config.seed)
@@ -178,7 +180,8 @@ def demonstrations(parts: Parts) -> warmup.Demonstrations:
         'give config.data.demonstrations, a JSONL file of {question, text} '
         'rows or search_keys, or set config.warmup.steps=0.')
   return warmup.tokenize(
-      rows, parts.tokenizer, parts.protocol, config.rollout.max_length)
+      rows, parts.tokenizer, parts.protocol, config.rollout.max_length,
+      config.rollout.chat)
 
 
 def renames(

@@ -103,8 +103,8 @@ class Tokenizer:
     except ImportError as error:
       raise ValueError(
           f'The tokenizer {self._fast.name_or_path!r} has a chat template, and '
-          f'rendering it failed: {error} Install jinja2, or turn the chat '
-          'template off to send the plain prompt.'
+          f'rendering it failed: {error} Install jinja2, or set '
+          'config.rollout.chat=false to send the plain prompt.'
       ) from error
     return self._encode(text, specials=True)
 

@@ -50,7 +50,7 @@ class Demonstrations:
 
 def tokenize(
     rows: Sequence[tuple[str, str]], tokenizer: Any,
-    protocol: protocol_lib.Protocol, max_length: int,
+    protocol: protocol_lib.Protocol, max_length: int, chat: bool = True,
 ) -> Demonstrations:
   """Encodes demonstrations piece by piece, as a rollout would see them.
 
@@ -59,6 +59,7 @@ def tokenize(
     tokenizer: a `tokenizer.Tokenizer`.
     protocol: gives the prompt.
     max_length: longest demonstration with its prompt, in tokens.
+    chat: as of `config.rollout.chat`.
 
   Raises:
     ValueError: no rows, one that is too long, one that breaks the format.
@@ -80,7 +81,7 @@ def tokenize(
           f'demonstration {number} ({question!r}) breaks the format that the '
           'rewards ask for: rounds of think and search tags, and one answer '
           'pair at the end.')
-    ids = list(tokenizer.prompt(question, protocol.instruction))
+    ids = list(tokenizer.prompt(question, protocol.instruction, chat))
     mask = [0.0] * len(ids)
     for piece, written in protocol.pieces(text):
       fresh = encode(piece)
@@ -136,19 +137,17 @@ def train(
         actor, params, tokens, 1.0, config.logprob_chunk)
     return -jnp.sum(logprobs * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
-  shards = sharding.shardings(qwen.axes(model)[0], mesh)
+  placed = policy.layout(tx, params, qwen.axes(model)[0], mesh)
+  start = jax.jit(
+      lambda p: policy.ModelState(p, tx.init(p)), out_shardings=placed)
 
-  @jax.jit
-  def start(params):
-    return policy.ModelState(params, tx.init(params))
-
-  def update(state, tokens, mask, rate):
+  def step_on(state, tokens, mask, rate):
     value, grads = jax.value_and_grad(loss)(state.params, tokens, mask)
-    state = policy.apply_gradients(tx, state, grads, rate)
-    params = jax.lax.with_sharding_constraint(state.params, shards)
-    return state.replace(params=params), value
+    return policy.apply_gradients(tx, state, grads, rate), value
 
-  update = jax.jit(update, donate_argnums=0)
+  update = jax.jit(
+      step_on, donate_argnums=0,
+      out_shardings=(placed, sharding.replicated(mesh)))
   state = start(params)
   previous = None
   for step in range(config.steps):

@@ -163,7 +163,7 @@ class Pieces:
     joined = b''.join(self.byte_strings[i] for i in np.asarray(ids).tolist())
     return joined.decode(errors='replace')
 
-  def prompt(self, question, instruction):
+  def prompt(self, question, instruction, chat=True):
     return self.encode(instruction.replace('{question}', question))
 
 

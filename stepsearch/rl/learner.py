@@ -136,7 +136,11 @@ class Learner:
     self._init = jax.jit(
         lambda key: self._fresh(qwen.init(model, key)),
         out_shardings=self.shardings)
-    self._start = jax.jit(self._fresh, out_shardings=self.shardings)
+    # Copied: what jit passes through would share the caller's buffers, and
+    # `update` donates them.
+    self._start = jax.jit(
+        lambda actor: self._fresh(jax.tree.map(jnp.copy, actor)),
+        out_shardings=self.shardings)
     self._make_batch = jax.jit(
         self._targets, out_shardings=(rows, everywhere))
     self._update = jax.jit(
@@ -196,20 +200,12 @@ class Learner:
   def _state_shardings(self):
     state = jax.eval_shape(
         lambda: self._fresh(qwen.init(self._model, jax.random.key(0))))
-    everywhere = sharding.replicated(self.mesh)
-
-    def laid_out(model, axes):
-      params = sharding.shardings(axes, self.mesh)
-      opt_state = optax.tree_utils.tree_map_params(
-          self._tx, lambda x, s: s if x.ndim else everywhere,
-          model.opt_state, params,
-          transform_non_params=lambda _: everywhere)
-      return policy.ModelState(params, opt_state)
-
-    actor, critic = qwen.axes(self._model)
+    actor, critic = (
+        policy.layout(self._tx, model.params, axes, self.mesh)
+        for model, axes in zip(
+            (state.actor, state.critic), qwen.axes(self._model)))
     return TrainState(
-        step=everywhere, actor=laid_out(state.actor, actor),
-        critic=laid_out(state.critic, critic))
+        step=sharding.replicated(self.mesh), actor=actor, critic=critic)
 
   # -- targets ---------------------------------------------------------------
 
@@ -314,7 +310,7 @@ class Learner:
         new.append(policy.apply_gradients(self._tx, model, grads, rate))
         prefix = 'ppo' if name == 'actor' else name
         metrics |= aux | {
-            f'{prefix}/grad_norm': optax.global_norm(grads),
+            f'{prefix}/grad_norm': optax.tree.norm(grads),
             f'{prefix}/learning_rate': rate}
       return (*new, count + 1), metrics
 

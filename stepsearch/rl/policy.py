@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stepsearch import sharding
 from stepsearch.models import qwen
 from stepsearch.rl import losses
 
@@ -55,6 +56,26 @@ def apply_gradients(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
   return ModelState(params, opt_state)
+
+
+def layout(
+    tx: optax.GradientTransformation, params: Params, axes: Any, mesh: Any
+) -> ModelState:
+  """`NamedSharding`s of a `ModelState`: moments lie as their parameters do.
+
+  Args:
+    tx: the optimizer.
+    params: parameters, or their shapes.
+    axes: logical axis names of the parameters, from `qwen.axes`.
+    mesh: from `sharding.make_mesh`.
+  """
+  everywhere = sharding.replicated(mesh)
+  placed = sharding.shardings(axes, mesh)
+  opt_state = optax.tree_utils.tree_map_params(
+      tx, lambda x, s: s if x.ndim else everywhere,
+      jax.eval_shape(tx.init, params), placed,
+      transform_non_params=lambda _: everywhere)
+  return ModelState(placed, opt_state)
 
 
 def next_token_logprobs(

@@ -31,6 +31,7 @@ Search = Callable[[Sequence[str], int], list[list[types.Document]]]
 class Config:
   """Budgets in tokens, turns and sampling; the leaves of `config.rollout`."""
 
+  chat: bool = True  # use the tokenizer's chat template, if it has one
   max_turns: int = 5  # searches; one more turn is left for the answer
   k: int = 3  # documents a search
   prompt_length: int = 2048
@@ -93,7 +94,8 @@ class Collector:
     Raises:
       ValueError: they do not fit `config.rollout.prompt_length`.
     """
-    ids = self._tokenizer.prompt(question, self._protocol.instruction)
+    ids = self._tokenizer.prompt(
+        question, self._protocol.instruction, self.config.chat)
     if len(ids) > self.config.prompt_length:
       raise ValueError(
           f'config.rollout.prompt_length = {self.config.prompt_length}, but '
