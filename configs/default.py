@@ -23,10 +23,11 @@ def get_config(arg=''):
 
   config.data = ConfigDict(dict(
       source='jsonl',  # jsonl | world
-      train='', eval='', corpus='',  # JSONL files of source = jsonl
+      train='', corpus='',  # JSONL files of source = jsonl
+      eval='',  # one or more, joined by commas
       demonstrations='',  # JSONL of {question, text}; or search_keys
       train_questions=4000,  # source = world: how many are made
-      eval_questions=384,  # at most; 0 = all
+      eval_questions=0,  # the first of each file; 0 = all
       train_hops=(2, 3, 4), train_shares=(1., 1., 1.),
       eval_hops=(2, 3, 4), eval_shares=(1., 1., 1.)))
   config.world = ConfigDict(dict(
@@ -64,10 +65,12 @@ def get_config(arg=''):
 
   config.warmup = ConfigDict(dict(
       steps=0,  # 0 = none
-      batch_size=32, learning_rate=1e-5, ramp=0.05, weight_decay=0.0,
-      # Of the world's sloppy searcher, when no file of demonstrations is given:
-      demonstrations=6000, hops=(2, 3, 4), shares=(0.7, 0.2, 0.1),
-      good_query=0.3, retry=0.6, early_stop=0.15, rename=True))
+      batch_size=32, learning_rate=1e-5, ramp=0.05, weight_decay=0.0))
+  # The world's sloppy searcher; unused with config.data.demonstrations.
+  config.demonstrations = ConfigDict(dict(
+      count=6000, hops=(2, 3, 4), shares=(0.7, 0.2, 0.1), good_query=0.3,
+      retry=0.6, early_stop=0.15,
+      rename=True))  # other names for the entities in every row
 
   config.eval = ConfigDict(dict(
       every=50, batch_size=128,

@@ -13,7 +13,7 @@ def _smoke(config):
   data = '../shared/data/musique'
   config.data.corpus = f'{data}/corpus.jsonl'
   config.data.train = config.data.eval = f'{data}/questions.jsonl'
-  config.data.eval_questions = 16
+  config.data.eval_questions = 8
   config.model.update(dict(
       embed=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64,
       dtype='float32', remat=False))
@@ -21,8 +21,8 @@ def _smoke(config):
       max_turns=2, k=1, prompt_length=256, response_length=48,
       observation_length=160, max_length=736))
   config.ppo.update(dict(minibatch_size=4, microbatch_size=4))
-  config.warmup.update(dict(steps=40, batch_size=2, learning_rate=1e-2))
-  config.eval.update(dict(every=1, batch_size=8, sampled=False))
+  config.warmup.update(dict(steps=30, batch_size=2, learning_rate=1e-2))
+  config.eval.update(dict(every=2, batch_size=8, sampled=False))
   config.checkpoint.every = 1
 
 

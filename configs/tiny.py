@@ -13,9 +13,9 @@ def _sparse(config):
   config.num_steps = 20
   config.data.train_hops, config.data.train_shares = (3, 4), (1., 1.)
   config.reward.wrong_format = -1.0  # in both arms
-  config.warmup.shares = (0.85, 0.15, 0.0)
-  config.warmup.good_query = 0.2
-  config.warmup.retry = 0.4
+  config.demonstrations.shares = (0.85, 0.15, 0.0)
+  config.demonstrations.good_query = 0.2
+  config.demonstrations.retry = 0.4
 
 
 def _ppo(config):
@@ -23,9 +23,9 @@ def _ppo(config):
 
 
 def _good(config):
-  config.warmup.good_query = 0.9
-  config.warmup.retry = 1.0
-  config.warmup.early_stop = 0.0
+  config.demonstrations.good_query = 0.9
+  config.demonstrations.retry = 1.0
+  config.demonstrations.early_stop = 0.0
 
 
 VARIANTS = {'sparse': _sparse, 'ppo': _ppo, 'good': _good}
@@ -40,6 +40,7 @@ def get_config(arg=''):
       rope_theta=1e4, attention_bias=False, qk_norm=True, dtype='float32',
       remat=False))
   config.data.source = 'world'
+  config.data.eval_questions = 384
   config.retriever.dimensions = 1024
   config.rollout.update(dict(
       protocol='short', max_turns=5, k=2, prompt_length=32, response_length=16,

@@ -14,6 +14,7 @@ import dataclasses
 import glob
 import importlib
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ class Parts:
   eval: Sequence[types.Example]
   retriever: Any
   model: qwen.Config
+  learner: learner.Learner | None  # None where nothing is trained
   collect: collect.Collector
   score: Score
 
@@ -77,21 +79,24 @@ def tune_host() -> None:
 
 
 def build(
-    config: ml_collections.ConfigDict, workdir: Any, *,
+    config: ml_collections.ConfigDict, workdir: Any, *, training: bool = True,
     say: Callable[[str], None] = print,
 ) -> Parts:
   """Checks the config, reads or makes the data, loads or builds the index.
 
   Args:
     config: as of configs/default.py.
-    workdir: where the index and the tokenizer are kept.
+    workdir: where the index is kept, unless config.retriever.directory says.
+    training: also read the training questions and make the learner.
     say: prints a line of progress.
 
   Raises:
     ValueError: one paragraph naming field or file, value and remedy.
   """
-  _check(config)
+  _check(config, training)
   mesh = sharding.make_mesh(tuple(config.mesh))
+  _check_rows(config, mesh, training)
+  reward = _reward(config)
   world = None
   if config.data.source == 'world':
     world = world_lib.World(
@@ -99,59 +104,48 @@ def build(
     corpus = world.corpus
     train = world.questions(
         'train', config.data.train_questions, config.data.train_hops,
-        config.data.train_shares, config.seed)
+        config.data.train_shares, config.seed) if training else []
     held_out = world.questions(
         'eval', config.data.eval_questions, config.data.eval_hops,
         config.data.eval_shares, config.seed)
   else:
-    corpus, train, held_out = _read(config)
+    corpus, train, held_out = _read(config, training)
   datasets.check(
-      [*train, *held_out], corpus, turn_rewards=_turn_rewards(config),
-      k=config.rollout.k)
+      train, corpus, turn_rewards=_turn_rewards(config), k=config.rollout.k)
 
   protocol = (
       protocol_lib.Protocol.short() if config.rollout.protocol == 'short'
       else protocol_lib.Protocol())
   tokenizer = _tokenizer(config, world)
-  sizes = config.model.to_dict()
-  sizes['vocab_size'] = sizes['vocab_size'] or tokenizer.vocab_size
-  if sizes['vocab_size'] < tokenizer.vocab_size:
-    raise ValueError(
-        f'config.model.vocab_size = {sizes["vocab_size"]}, but the tokenizer '
-        f'has {tokenizer.vocab_size} tokens: a model needs a row for every '
-        'token; 0 takes the tokenizer\'s number.')
-  model = qwen.Config(**sizes)
-
-  engine = _retriever(config, corpus, workdir, say)
+  model = _model(config, tokenizer, mesh)
+  trainer = learner.Learner(
+      model,
+      learner.Config(
+          temperature=config.rollout.temperature, **config.ppo.to_dict()),
+      mesh, config.batch_size, config.num_steps) if training else None
   rollout = config.rollout.to_dict()
   del rollout['protocol']
   collector = collect.Collector(
-      model, collect.Config(**rollout), tokenizer, protocol, engine.search,
-      mesh)
+      model, collect.Config(**rollout), tokenizer, protocol,
+      lambda queries, k: engine.search(queries, k), mesh)
   for example in (*train, *held_out):
     collector.prompt(example.question)
+
+  # Last, for it may take long; `collector` sees it through its closure.
+  engine = _retriever(config, corpus, workdir, say)
   say(f'{len(corpus):,} passages, {len(train):,} training and '
       f'{len(held_out):,} held-out questions, {tokenizer.vocab_size:,} tokens')
   return Parts(
       config=config, mesh=mesh, tokenizer=tokenizer, protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
-      collect=collector, score=_score(config, engine))
-
-
-def make_learner(parts: Parts) -> learner.Learner:
-  """The learner of this run."""
-  return learner.Learner(
-      parts.model,
-      learner.Config(
-          temperature=parts.config.rollout.temperature,
-          **parts.config.ppo.to_dict()),
-      parts.mesh, parts.config.batch_size, parts.config.num_steps)
+      learner=trainer, collect=collector,
+      score=_score(config, reward, engine))
 
 
 def demonstrations(parts: Parts) -> warmup.Demonstrations:
   """Tokenised demonstrations: the user's file, or the world's searcher."""
   config = parts.config
-  c = config.warmup
+  c = config.demonstrations
   cache = {}
 
   def observation(found, last):
@@ -169,14 +163,15 @@ def demonstrations(parts: Parts) -> warmup.Demonstrations:
     rows = datasets.read_demonstrations(config.data.demonstrations)
   elif parts.world is not None:
     examples = parts.world.questions(
-        'train', c.demonstrations, c.hops, c.shares, config.seed + 1)
+        'train', c.count, c.hops, c.shares, config.seed + 1)
     rows = parts.world.demonstrations(
         examples, parts.retriever.search, observation,
         good_query=c.good_query, retry=c.retry, early_stop=c.early_stop,
         **budget)
   else:
     raise ValueError(
-        f'config.warmup.steps = {c.steps}, but there is nothing to learn from: '
+        f'config.warmup.steps = {config.warmup.steps}, but there is nothing to '
+        'learn from: '
         'give config.data.demonstrations, a JSONL file of {question, text} '
         'rows or search_keys, or set config.warmup.steps=0.')
   return warmup.tokenize(
@@ -191,11 +186,18 @@ def renames(
 
   Without it a small model memorises the training names and miscopies others.
   """
-  if parts.world is None or not parts.config.warmup.rename:
+  if parts.world is None or not parts.config.demonstrations.rename:
     return None
   pools = [
-      np.asarray([parts.tokenizer.encode(f' {word}')[0] for word in pool])
+      [parts.tokenizer.encode(f' {word}') for word in pool]
       for pool in parts.world.pools]
+  config_lib.require(
+      all(len(ids) == 1 for pool in pools for ids in pool),
+      'demonstrations.rename', True,
+      f'the tokenizer {parts.config.tokenizer} cuts the names of the world '
+      'into pieces, which cannot be exchanged for one another: set it to '
+      'false.')
+  pools = [np.asarray(pool)[:, 0] for pool in pools]
 
   def augment(tokens, rng):
     mapping = np.tile(
@@ -214,54 +216,108 @@ def _turn_rewards(config) -> bool:
       config.reward.information_gain) and not config.reward.factory
 
 
-def _check(config):
+def _check(config, training):
   config_lib.choice('algorithm', config.algorithm, ('steppo', 'ppo'))
   config_lib.choice('data.source', config.data.source, ('world', 'jsonl'))
   config_lib.choice(
       'rollout.protocol', config.rollout.protocol, ('full', 'short'))
   config_lib.choice(
       'model.dtype', config.model.dtype, ('float32', 'bfloat16'))
+  made = config.data.source == 'world'
   for field, least in (
-      ('num_steps', 0), ('batch_size', 1), ('warmup.steps', 0),
+      ('seed', 0), ('num_steps', 0), ('batch_size', 1), ('warmup.steps', 0),
       ('warmup.batch_size', 1), ('eval.every', 1), ('eval.batch_size', 1),
-      ('checkpoint.every', 1), ('checkpoint.keep_latest', 1)):
+      ('checkpoint.every', 1), ('checkpoint.keep_latest', 1),
+      ('checkpoint.keep_best', 0), ('data.train_questions', int(made)),
+      ('data.eval_questions', int(made)), ('demonstrations.count', 1)):
     value = config
     for name in field.split('.'):
       value = value[name]
     config_lib.require(
         value >= least, field, value, f'must be at least {least}.')
-  for part in ('data.train', 'data.eval', 'warmup.'):
-    section, _, prefix = part.partition('.')
-    joint = f'{prefix}_' if prefix else ''
-    hops = config[section][f'{joint}hops']
-    shares = config[section][f'{joint}shares']
+  for section, prefix in (
+      ('data', 'train_'), ('data', 'eval_'), ('demonstrations', '')):
+    hops = config[section][f'{prefix}hops']
+    shares = config[section][f'{prefix}shares']
     config_lib.require(
-        len(hops) == len(shares) and sum(shares) > 0 and min(hops) >= 1,
-        f'{section}.{joint}shares', tuple(shares),
-        f'one share is needed for each of {joint}hops = {tuple(hops)}, not '
+        len(hops) == len(shares) and sum(shares) > 0 and min(shares) >= 0
+        and min(hops) >= 1, f'{section}.{prefix}shares', tuple(shares),
+        f'one share is needed for each of {prefix}hops = {tuple(hops)}, not '
         'all of them zero.')
+  config_lib.require(
+      config.tokenizer or not made or config.rollout.protocol == 'short',
+      'rollout.protocol', config.rollout.protocol,
+      "the world's own words do not spell the long instruction: use short, or "
+      'give config.tokenizer.')
+  config_lib.require(
+      not training or not config.reward.factory
+      or config.algorithm == 'steppo', 'reward.factory', config.reward.factory,
+      'your own reward replaces all others, so algorithm = ppo has no meaning '
+      'with it: leave one of them out.')
 
 
-def _read(config):
+def _check_rows(config, mesh, training):
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  fields = [('eval.batch_size', config.eval.batch_size)]
+  if training:
+    fields += [('batch_size', config.batch_size),
+               ('warmup.batch_size', config.warmup.batch_size)]
+  for field, value in fields:
+    config_lib.require(
+        value % shards == 0, field, value,
+        f'cannot be split over the {shards} data x fsdp shards of config.mesh: '
+        f'choose a multiple of {shards}.')
+
+
+def _model(config, tokenizer, mesh) -> qwen.Config:
+  sizes = config.model.to_dict()
+  tensor = mesh.shape['tensor']
+  if not sizes['vocab_size']:
+    sizes['vocab_size'] = -(-tokenizer.vocab_size // tensor) * tensor
+  config_lib.require(
+      sizes['vocab_size'] >= tokenizer.vocab_size, 'model.vocab_size',
+      sizes['vocab_size'],
+      f'the tokenizer has {tokenizer.vocab_size} tokens, and a model needs a '
+      "row for every token; 0 takes the tokenizer's number.")
+  for axis, names in (
+      ('tensor', ('vocab_size', 'heads', 'kv_heads', 'mlp')),
+      ('fsdp', ('embed',))):
+    for name in names:
+      config_lib.require(
+          sizes[name] % mesh.shape[axis] == 0, f'model.{name}', sizes[name],
+          f'cannot be split over the {mesh.shape[axis]} devices of the {axis} '
+          f'axis of config.mesh: choose a smaller {axis} axis.')
+  return qwen.Config(**sizes)
+
+
+def _read(config, training):
   """Corpus and questions of source = jsonl."""
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
-        config.data[name], f'data.{name}', config.data[name],
+        config.data[name] or (name == 'train' and not training),
+        f'data.{name}', config.data[name],
         'data.source = jsonl needs this file; name it, or use '
         'data.source=world.')
   corpus = datasets.read_corpus(config.data.corpus)
   by_id = {document.id: document for document in corpus}
-  train = datasets.read_questions(config.data.train, by_id)
-  held_out = datasets.read_questions(config.data.eval, by_id)
-  if config.data.eval_questions:
-    held_out = held_out[:config.data.eval_questions]
-  if config.data.train == config.data.eval:
-    kept = {example.id for example in held_out}
-    train = [example for example in train if example.id not in kept]
-    config_lib.require(
-        train, 'data.eval_questions', config.data.eval_questions,
-        'train and eval are the same file, and nothing of it is left to train '
-        'on: lower it.')
+  held_out = []
+  for path in config.data.eval.split(','):
+    path = pathlib.Path(path.strip())
+    # musique/questions.jsonl is called musique, bamboogle.jsonl bamboogle.
+    name = path.parent.name if path.stem == 'questions' else path.stem
+    read = datasets.read_questions(path, by_id, dataset=name)
+    held_out += read[:config.data.eval_questions or None]
+  if not training:
+    return corpus, [], held_out
+  asked = {example.question for example in held_out}
+  train = [
+      example
+      for example in datasets.read_questions(config.data.train, by_id)
+      if example.question not in asked]
+  config_lib.require(
+      train, 'data.train', config.data.train,
+      'nothing is left to train on once the held-out questions are taken out: '
+      'give another file, or lower config.data.eval_questions.')
   return corpus, train, held_out
 
 
@@ -289,14 +345,20 @@ def _retriever(config, corpus, workdir, say):
   return engine
 
 
-def _score(config, engine) -> Score:
+def _reward(config) -> rewards.Config | Score:
+  """The reward's settings, or the user's own."""
   c = config.reward.to_dict()
   factory = c.pop('factory')
   if factory:
     return _reward_factory(factory, config.reward)
   if config.algorithm == 'ppo':
     c |= dict(search_key=False, turn_reward=False)
-  reward = rewards.Config(**c)
+  return rewards.Config(**c)
+
+
+def _score(config, reward, engine) -> Score:
+  if not isinstance(reward, rewards.Config):
+    return reward
   embed = getattr(engine, 'embed', None)
   config_lib.require(
       reward.similarity != 'retriever' or embed is not None,
@@ -304,7 +366,7 @@ def _score(config, engine) -> Score:
       'the engine of config.retriever.factory has no embed(texts) -> [n, d]; '
       'use tfidf, or give it one.')
   return lambda examples, transcripts: rewards.score(
-      examples, transcripts, reward, embed)
+      examples, transcripts, reward, embed, config.rollout.k)
 
 
 def _reward_factory(path, config) -> Score:

@@ -100,7 +100,7 @@ if __name__ == '__main__':
       required=True,
   )
   _DIMENSIONS = flags.DEFINE_integer(
-      'dimensions', 1024, 'Width of the lexical vectors.', lower_bound=1
+      'dimensions', 2048, 'Width of the lexical vectors.', lower_bound=1
   )
   _INDEX = flags.DEFINE_enum(
       'index', 'auto', indexing.BACKENDS, 'Search by ScaNN or numpy.'

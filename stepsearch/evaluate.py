@@ -18,6 +18,7 @@ from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import evaluation
 from stepsearch import metrics
+from stepsearch import sharding
 from stepsearch.models import qwen
 
 
@@ -50,11 +51,11 @@ def evaluate(
         'folder in it); give the --workdir of a training run.')
   out = pathlib.Path(config_lib.check_workdir(output))
   progress = metrics.Progress(0)
-  parts = assembly.build(config, root, say=progress.line)
+  parts = assembly.build(config, root, training=False, say=progress.line)
   like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       jax.eval_shape(lambda: qwen.init(parts.model, jax.random.key(0))),
-      assembly.make_learner(parts).shardings.actor.params)
+      sharding.shardings(qwen.axes(parts.model)[0], parts.mesh))
   state, metadata = checkpoints.restore(
       root / 'checkpoints', {'actor': {'params': like}}, step, partial=True)
 
@@ -69,7 +70,8 @@ def evaluate(
       for name in sorted({r['dataset'] for r in rows})}
   results['all'] = evaluation.summary(rows)
   (out / 'transcripts.jsonl').write_text(''.join(
-      json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+      json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
+      encoding='utf-8')
   (out / 'eval.json').write_text(json.dumps(
       {'checkpoint': str(root), 'step': metadata['step'],
        'decoding': 'sampled' if sampled else 'greedy', 'results': results},

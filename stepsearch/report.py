@@ -116,7 +116,9 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
       int(name.removeprefix('em/')) for name in before
       if name.startswith('em/') and name.removeprefix('em/').isdigit())
   rows = [('EM', 'em'), ('F1', 'f1')]
-  rows += [(f'EM, {n} hop{"s" if n > 1 else ""}', f'em/{n}') for n in hops]
+  for name in ('EM', 'F1'):
+    rows += [(f'{name}, {n} hop{"s" if n > 1 else ""}', f'{name.lower()}/{n}')
+             for n in hops]
   rows += [('searches per question', 'searches'), ('redundancy', 'redundancy')]
   lines = [f'{"":21}   {"before":>7} {"after":>7} {"change":>7}']
   lines += [

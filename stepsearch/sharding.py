@@ -67,13 +67,12 @@ def make_mesh(
       tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def shardings(axes: Any, mesh: Mesh, rules: Any = None) -> Any:
+def shardings(axes: Any, mesh: Mesh) -> Any:
   """`NamedSharding`s of a pytree of `PartitionSpec`s of logical axis names."""
-  rules = RULES if rules is None else rules
 
   def place(spec):
     return NamedSharding(mesh, PartitionSpec(*(
-        None if name is None else rules[name] for name in spec)))
+        None if name is None else RULES[name] for name in spec)))
 
   return jax.tree.map(
       place, axes, is_leaf=lambda x: isinstance(x, PartitionSpec))

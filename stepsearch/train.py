@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shlex
+import sys
 import time
 
 import jax
@@ -34,7 +35,8 @@ _MAY_CHANGE = ('checkpoint', 'tensorboard', 'compilation_cache')
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str, source: str = 'FILE'
+    config: ml_collections.ConfigDict, workdir: str,
+    source: str = '--config=FILE',
 ) -> dict[str, float]:
   """Trains to the end, or on from the last checkpoint.
 
@@ -42,7 +44,7 @@ def train(
     config: as of configs/default.py.
     workdir: receives config.json, metrics.jsonl, tensorboard/, index/,
       reference/, checkpoints/, transcripts/, eval.json, learning_curve.png.
-    source: the --config flag, for the commands that are shown.
+    source: the --config flags, for the command that is shown at the end.
 
   Returns:
     the final evaluation, as of `evaluation.summary`.
@@ -54,8 +56,12 @@ def train(
   assembly.tune_host()
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
+  config_lib.require(
+      '://' not in workdir, 'workdir', workdir,
+      'a local directory is needed; copy it to the object store afterwards.')
   root = pathlib.Path(config_lib.check_workdir(workdir))
-  config_lib.write(config, root, _MAY_CHANGE)
+  if (root / 'config.json').exists():
+    config_lib.write(config, root, _MAY_CHANGE)
   progress = metrics.Progress(config.num_steps)
   finished = root / 'eval.json'
   if finished.exists():
@@ -65,7 +71,10 @@ def train(
     return stored['after']['greedy']
 
   parts = assembly.build(config, root, say=progress.line)
-  learner = assembly.make_learner(parts)
+  learner = parts.learner
+  # Only now: a config that was refused must not be what a later one is
+  # compared with.
+  config_lib.write(config, root, _MAY_CHANGE)
   key = jax.random.key(config.seed)
   init_key, rollout_key, update_key, eval_key = (
       jax.random.fold_in(key, i) for i in range(4))
@@ -106,7 +115,7 @@ def train(
             step, state,
             {'step': step, 'next_example': step * config.batch_size,
              'config': json.loads(config_lib.to_json(config)),
-             'model': vars(parts.model) | {}},
+             'model': vars(parts.model)},
             {'eval/em': found['em']} if found else None)
 
     # -- step 0: the warmed-up policy, which is also the reference -------------
@@ -158,6 +167,8 @@ def train(
     final = None
     for step in range(first, config.num_steps):
       batch_examples = examples.batch(step)
+      with timer.section('update'):  # the rollout would wait for it anyway
+        jax.block_until_ready(state.actor.params)
       start = time.perf_counter()
       with timer.section('rollout'):
         trajectory, transcripts = parts.collect(
@@ -201,7 +212,7 @@ def train(
     store.wait()
 
   before = json.loads((root / 'before.json').read_text())
-  stored = {'before': before, 'after': final}
+  stored = {'before': before, 'after': final, 'dtype': config.model.dtype}
   report.learning_curve(
       metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
   _write_json(finished, stored)
@@ -226,17 +237,13 @@ def _step_zero(parts, learner, root, key, progress, timer):
   if config.warmup.steps:
     with timer.section('warmup'):
       demonstrations = assembly.demonstrations(parts)
-      settings = config.warmup.to_dict()
-      for name in ('demonstrations', 'hops', 'shares', 'good_query', 'retry',
-                   'early_stop', 'rename'):
-        del settings[name]
       with progress.phase('warm-up', config.warmup.steps) as tick:
         params = warmup.train(
             params, demonstrations, parts.model,
-            warmup.Config(
-                length_multiple=config.rollout.length_multiple,
-                logprob_chunk=config.ppo.logprob_chunk, **settings),
-            parts.mesh, config.seed, augment=assembly.renames(parts),
+            warmup.Config(**config.warmup.to_dict()), parts.mesh, config.seed,
+            length_multiple=config.rollout.length_multiple,
+            logprob_chunk=config.ppo.logprob_chunk,
+            augment=assembly.renames(parts),
             on_step=lambda step, row: tick(step, loss=row['warmup/loss']))
   checkpoints.save_once(reference_path, params)
   return params, params
@@ -251,6 +258,16 @@ def _show(progress, when, found):
 
 def _conclude(progress, root, stored, source):
   """The table, and what to try next."""
+  mismatch = max((
+      row['ppo/sampler_mismatch']
+      for row in metrics.read(root / 'metrics.jsonl')
+      if row.get('ppo/sampler_mismatch') is not None), default=0.0)
+  progress.line(
+      f'\nrecorded and recomputed log-probs differ by at most {mismatch:.1e}')
+  if stored['dtype'] == 'float32' and mismatch > 1e-4:
+    progress.line(
+        'that is more than 1e-4: do not believe what follows before it is '
+        'explained')
   for kind in stored['after']:
     progress.line(f'\nheld-out questions, {kind}:')
     progress.line(report.table(stored['before'][kind], stored['after'][kind]))
@@ -258,7 +275,7 @@ def _conclude(progress, root, stored, source):
       f'\nplot: {root / "learning_curve.png"}   transcripts: '
       f'{root / "transcripts"}')
   progress.line(
-      f'next:  python -m stepsearch.evaluate --config={shlex.quote(source)} '
+      f'next:  python -m stepsearch.evaluate {source} '
       f'--checkpoint={shlex.quote(str(root))} --output='
       f'{shlex.quote(str(root / "evaluation"))}')
 
@@ -267,7 +284,8 @@ def _write_rows(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
   draft = path.with_suffix('.tmp')
   draft.write_text(''.join(
-      json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+      json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
+                   encoding='utf-8')
   draft.replace(path)
 
 
@@ -283,4 +301,6 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string(
       'workdir', None, 'Where everything of this run is kept.', required=True)
   config_lib.main(lambda config: train(
-      config, _WORKDIR.value, flags.FLAGS.config))
+      config, _WORKDIR.value, shlex.join(
+          argument for argument in sys.argv[1:]
+          if not argument.lstrip('-').startswith('workdir'))))

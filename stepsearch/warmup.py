@@ -34,9 +34,6 @@ class Config:
   learning_rate: float = 1e-5  # peak; linear ramp, then cosine to a tenth
   ramp: float = 0.05  # share of the steps
   weight_decay: float = 0.0
-  max_length: int = 4096  # tokens of a demonstration
-  length_multiple: int = 64
-  logprob_chunk: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ def tokenize(
     rows: Sequence[tuple[str, str]], tokenizer: Any,
     protocol: protocol_lib.Protocol, max_length: int, chat: bool = True,
 ) -> Demonstrations:
-  """Encodes demonstrations piece by piece, as a rollout would see them.
+  """Encodes demonstrations, each stretch of policy or environment apart.
 
   Args:
     rows: (question, text with tags) pairs.
@@ -106,6 +103,7 @@ def tokenize(
 def train(
     params: Any, demonstrations: Demonstrations, model: qwen.Config,
     config: Config, mesh: Any, seed: int, *,
+    length_multiple: int = 64, logprob_chunk: int = 256,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -119,6 +117,8 @@ def train(
     config: the leaves of `config.warmup`.
     mesh: rows are split over its batch axes.
     seed: orders the rows and drives `augment`.
+    length_multiple: rows are padded to a multiple of it.
+    logprob_chunk: positions of a row whose logits exist at a time.
     augment: tokens [B, T], generator -> tokens; renames entities, say.
     on_step: called after each update with its number (from 1) and metrics.
 
@@ -134,7 +134,7 @@ def train(
 
   def loss(params, tokens, mask):
     logprobs, _ = policy.next_token_logprobs(
-        actor, params, tokens, 1.0, config.logprob_chunk)
+        actor, params, tokens, 1.0, logprob_chunk)
     return -jnp.sum(logprobs * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
   placed = policy.layout(tx, params, qwen.axes(model)[0], mesh)
@@ -155,7 +155,7 @@ def train(
     rows = _rows(
         step, demonstrations.length, config.batch_size, seed)
     width = int(demonstrations.length[rows].max())
-    width = -(-width // config.length_multiple) * config.length_multiple
+    width = -(-width // length_multiple) * length_multiple
     tokens, mask = (
         _fit(x[rows], width)
         for x in (demonstrations.tokens, demonstrations.mask))

@@ -12,6 +12,7 @@ from stepsearch import types
 from stepsearch.models import qwen
 from stepsearch.rl import learner as learner_lib
 from stepsearch.rl import losses
+from stepsearch.rl import policy
 
 B, T, STEPS = 16, 22, 10
 PLAIN = learner_lib.Config(
@@ -384,3 +385,16 @@ def test_impossible_options_are_refused(model, mesh, change, says):
 def test_microbatches_that_the_mesh_cannot_split_are_refused(model, eight):
   with pytest.raises(ValueError, match='microbatch_size = 2'):
     make(model, eight, dataclasses.replace(PLAIN, microbatch_size=2))
+
+
+@pytest.mark.parametrize('name', policy.OPTIMIZERS)
+def test_every_optimizer_lays_its_state_out(name, model, eight):
+  tx = policy.optimizer(name, 0.9, 0.999, 0.01, 1.0)
+  params = jax.eval_shape(lambda: qwen.init(model, jax.random.key(0)))
+  laid_out = policy.layout(tx, params, qwen.axes(model)[0], eight)
+  state = jax.eval_shape(tx.init, params)
+  # Raises where a dimension does not divide or the ranks differ.
+  for x, s in zip(
+      jax.tree.leaves(state), jax.tree.leaves(laid_out.opt_state),
+      strict=True):
+    s.shard_shape(x.shape)

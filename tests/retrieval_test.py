@@ -366,22 +366,6 @@ def test_k_larger_than_the_corpus(built):
       built.search([''], k)
 
 
-def test_embed_documents_looks_up_and_embeds(built, monkeypatch):
-  cut = dataclasses.replace(_DOCUMENTS[1], text='The mathematician')
-  stranger = Document('z', 'Rome', 'A town in Georgia of England.')
-  documents = [_DOCUMENTS[3], cut, stranger, _DOCUMENTS[0]]
-  expected = built.embed([retriever.passage_text(d) for d in documents])
-  asked = []
-  original = built.embedder.embed_passages
-  monkeypatch.setattr(
-      built.embedder,
-      'embed_passages',
-      lambda texts: asked.extend(texts) or original(texts),
-  )
-  np.testing.assert_array_equal(built.embed_documents(documents), expected)
-  assert len(asked) == 2
-
-
 def test_saved_index_is_loaded_not_built(tmp_path, monkeypatch):
   directory = tmp_path / 'index'
   first = retriever.build(_DOCUMENTS, dimensions=64, directory=directory)

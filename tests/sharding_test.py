@@ -57,8 +57,6 @@ def test_logical_axes_land_where_the_rules_say(devices):
       'c': PartitionSpec(None, 'tensor'),
       'd': PartitionSpec(('data', 'fsdp'), None),
   }
-  own = sharding.shardings(axes['a'], mesh, {'vocab': None, 'embed': 'data'})
-  assert own.spec == PartitionSpec(None, 'data')
 
 
 def test_rows_are_split_over_data_and_fsdp(devices):

@@ -10,8 +10,7 @@ from stepsearch import warmup
 
 SHORT = protocol.Protocol.short()
 CONFIG = warmup.Config(
-    steps=8, batch_size=4, learning_rate=2e-2, ramp=0.1, length_multiple=16,
-    logprob_chunk=16)
+    steps=8, batch_size=4, learning_rate=2e-2, ramp=0.1)
 
 
 def demonstration(query, answer, last=False):

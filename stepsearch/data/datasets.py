@@ -124,7 +124,7 @@ def check(
   """
   if not 1 <= k <= len(corpus):
     raise ValueError(
-        f'config.retriever.k = {k} documents cannot be retrieved from a corpus'
+        f'config.rollout.k = {k} documents cannot be retrieved from a corpus'
         f' of {len(corpus)}: k must be between 1 and {len(corpus)}.'
     )
   bare = [example.id for example in examples if not example.gold_documents]

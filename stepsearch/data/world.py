@@ -76,6 +76,10 @@ class World:
 
   def __init__(self, config: Config, seed: int):
     """Makes names, links and passages."""
+    if min(config.train_entities, config.eval_entities) < 2:
+      raise ValueError(
+          f'config.world.train_entities = {config.train_entities}, '
+          f'eval_entities = {config.eval_entities}: at least 2 of each type.')
     if config.name_words**2 < config.train_entities + config.eval_entities:
       raise ValueError(
           f'config.world.name_words = {config.name_words} gives only '
@@ -174,7 +178,7 @@ class World:
 
   def _chain(self, part, length, rng):
     """A walk [(entity, fact)] that never comes back to an entity."""
-    while True:
+    for _ in range(10_000):
       name = self.entities[part][rng.integers(len(self.entities[part]))]
       chain, visited = [], {name}
       for _ in range(length):
@@ -185,6 +189,9 @@ class World:
         visited.add(name)
       if len(visited) == length + 1:
         return chain
+    raise ValueError(
+        f'the world holds no {length}-hop question over its {part} entities: '
+        f'ask for fewer hops, or raise config.world.{part}_entities.')
 
   def _question(self, chain):
     nouns = ' of '.join(f'the {fact.noun}' for _, fact in reversed(chain))

@@ -1,7 +1,7 @@
 """Queries → documents: what rollout, rewards and evaluation ask.
 
     build / load ──▶ Retriever.search(queries, k) ──▶ documents, a list a query
-                     Retriever.embed_documents ──▶ similarity of the rewards
+                     Retriever.embed ──▶ similarity of the rewards
 
 A saved retriever is a folder: the index (`retrieval.index`), the corpus as
 `corpus.jsonl` and the state of the lexical embedder. It belongs to one corpus
@@ -58,7 +58,6 @@ class Retriever:
     self.documents = tuple(documents)
     self.embedder = embedder
     self.index = index
-    self._row = {document.id: i for i, document in enumerate(documents)}
 
   def __len__(self) -> int:
     return len(self.documents)
@@ -103,26 +102,6 @@ class Retriever:
     """Embeds texts as passages: [n, d] float32."""
     return self.embedder.embed_passages(texts)
 
-  def embed_documents(self, documents: Sequence[Document]) -> np.ndarray:
-    """Embeds documents: [n, d] float32.
-
-    A document of the corpus costs a look-up; one that differs from the
-    corpus' own (its text was cut, or it comes from elsewhere) is embedded.
-    """
-    vectors = np.empty([len(documents), self.embedder.dimensions], np.float32)
-    strangers = []
-    for i, document in enumerate(documents):
-      row = self._row.get(document.id)
-      if row is not None and _same_text(document, self.documents[row]):
-        vectors[i] = self.index.vectors[row]
-      else:
-        strangers.append(i)
-    if strangers:
-      vectors[strangers] = self.embedder.embed_passages(
-          [passage_text(documents[i]) for i in strangers]
-      )
-    return vectors
-
   def save(self, directory: str | os.PathLike[str], *, replace: bool = False):
     """Writes a folder that `load` reads; it appears whole or not at all.
 
@@ -134,7 +113,7 @@ class Retriever:
       ValueError: the folder holds something that is not an index.
     """
     with indexing.new_directory(directory, replace=replace) as folder:
-      with (folder / _CORPUS).open('w') as file:
+      with (folder / _CORPUS).open('w', encoding='utf-8') as file:
         for document in self.documents:
           row = {
               'id': document.id,
@@ -240,7 +219,7 @@ def load(
     expected['embedder'] = embedder.fingerprint
   loaded = indexing.load(directory, expected, backend=index)
   if documents is None:
-    with (directory / _CORPUS).open() as file:
+    with (directory / _CORPUS).open(encoding='utf-8') as file:
       documents = [Document(**json.loads(line)) for line in file]
   if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
     try:
@@ -332,6 +311,12 @@ class Patient:
       raise ValueError(
           f'the engine of config.retriever.factory gave {len(found)} lists for '
           f'{len(queries)} queries: it has to return one list a query.')
+    for row in found:
+      for document in row:
+        if not isinstance(document, Document):
+          raise ValueError(
+              f'the engine of config.retriever.factory gave {document!r}: its '
+              'lists have to hold stepsearch.types.Document.')
     return found
 
 
@@ -347,7 +332,3 @@ def corpus_fingerprint(documents: Sequence[Document]) -> str:
     row = json.dumps([document.id, document.title, document.text])
     digest.update(row.encode())
   return f'{len(documents)} documents, {digest.hexdigest()}'
-
-
-def _same_text(a: Document, b: Document) -> bool:
-  return a.text == b.text and a.title == b.title

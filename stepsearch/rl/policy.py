@@ -72,8 +72,9 @@ def layout(
   everywhere = sharding.replicated(mesh)
   placed = sharding.shardings(axes, mesh)
   opt_state = optax.tree_utils.tree_map_params(
-      tx, lambda x, s: s if x.ndim else everywhere,
-      jax.eval_shape(tx.init, params), placed,
+      # Adafactor's factored moments have other shapes than their parameters.
+      tx, lambda x, s, p: s if x.shape == p.shape else everywhere,
+      jax.eval_shape(tx.init, params), placed, params,
       transform_non_params=lambda _: everywhere)
   return ModelState(placed, opt_state)
 

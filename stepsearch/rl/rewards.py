@@ -169,6 +169,7 @@ def score(
     transcripts: Sequence[types.Transcript],
     config: Config,
     embed: Callable[[list[str]], np.ndarray] | None = None,
+    k: int = 0,
 ) -> list[Score]:
   """Scores a batch of episodes against their questions.
 
@@ -182,6 +183,8 @@ def score(
     config: variant, similarity, scales and switches.
     embed: texts -> [n, d] rows of unit length; for similarity = 'retriever'
       only, called at most once.
+    k: documents that a search asks for, the k of P; 0 takes those shown, as
+      the released variant always does.
 
   Returns:
     One score per episode.
@@ -203,7 +206,7 @@ def score(
   similar = _similarities(examples, transcripts, config, embed)
   words = _Memo(_words)
   return [
-      _score(example, transcript, config, words, found)
+      _score(example, transcript, config, words, found, k)
       for example, transcript, found in zip(examples, transcripts, similar)
   ]
 
@@ -267,6 +270,7 @@ def _score(
     config: Config,
     words: _Memo,
     similar: np.ndarray,
+    k: int,
 ) -> Score:
   """One episode; `similar` [R, n] is from `_similarities`."""
   released = config.variant == 'released'
@@ -284,7 +288,7 @@ def _score(
   queries = [words[t.query] for t in transcript.turns if t.query]
   keys = [[words[key] for key in group] for group in example.search_keys]
   search_key = (_released_key if released else _paper_key)(queries, keys)
-  gains, penalties = _turns(transcript, released, similar)
+  gains, penalties = _turns(transcript, released, similar, k)
 
   kept = format_ok or not released
   turn_rewards = np.zeros_like(gains)
@@ -337,7 +341,7 @@ def _released_key(
 
 
 def _turns(
-    transcript: types.Transcript, released: bool, similar: np.ndarray
+    transcript: types.Transcript, released: bool, similar: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """G and P [R]; `similar` is c [R, n]."""
   turns, golds = similar.shape
@@ -354,7 +358,7 @@ def _turns(
     else:  # stored rows have no ids, and a cut document keeps its own
       shown = [d.id or (d.title, d.text) for d in turn.documents]
     repeated = sum(document in history for document in shown)
-    penalties[t] = repeated / len(shown)
+    penalties[t] = repeated / (len(shown) if released or not k else k)
     history.update(shown)
   return gains, penalties
 

@@ -45,11 +45,7 @@ class Config:
 
 
 class Collector:
-  """Rolls out questions; one instance per model shape and tokenizer.
-
-  Attributes:
-    seconds: wall time of the last call by part: device, retrieval, text.
-  """
+  """Rolls out questions; one instance per model shape and tokenizer."""
 
   def __init__(
       self, model: qwen.Config, config: Config, tokenizer: Any,
@@ -86,7 +82,6 @@ class Collector:
         tokenizer.byte_strings, model.vocab_size).next_state
     self._table = jax.device_put(table, sharding.replicated(mesh))
     self._cache: dict[str, np.ndarray] = {}
-    self.seconds: dict[str, float] = {}
 
   def prompt(self, question: str) -> list[int]:
     """Prompt tokens of a question.
