@@ -62,7 +62,7 @@ class Checkpoints:
       raise ValueError(
           f'checkpoints: keep_latest = {keep_latest}, keep_best = {keep_best}: '
           'at least 1 and at least 0 are needed.')
-    self._directory = epath.Path(directory)
+    self._directory = _absolute(directory)
     self._metric = best_metric
     with _explained(self._directory):
       self._manager = _manager(
@@ -170,7 +170,7 @@ def restore(
     ValueError: no such checkpoint, or one of another shape, type or structure;
       names the directory and the steps in it, or the leaf and both shapes.
   """
-  directory = epath.Path(directory)
+  directory = _absolute(directory)
   with _explained(directory), contextlib.closing(
       _manager(directory, create=False)) as manager:
     return _restore(manager, like, step, partial)
@@ -185,7 +185,7 @@ def save_once(path: str | epath.Path, tree: Any) -> None:
   Raises:
     ValueError: the path cannot be written; names it.
   """
-  path = epath.Path(path)
+  path = _absolute(path)
   with _explained(path), ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
 
@@ -196,7 +196,7 @@ def restore_once(path: str | epath.Path, like: Any) -> Any:
   Raises:
     ValueError: nothing there, or a tree of another shape, type or structure.
   """
-  path = epath.Path(path)
+  path = _absolute(path)
   with _explained(path):
     if not path.exists():
       raise ValueError(
@@ -206,6 +206,12 @@ def restore_once(path: str | epath.Path, like: Any) -> Any:
       saved = checkpointer.metadata(path).item_metadata
       _check_fits(saved, like, path, partial=False)
       return checkpointer.restore(path, args=_restore_args(like))
+
+
+def _absolute(path: str | epath.Path) -> epath.Path:
+  """Orbax takes absolute paths only; addresses such as gs:// are."""
+  path = epath.Path(path)
+  return path if '://' in str(path) else epath.Path(os.path.abspath(path))
 
 
 def _manager(directory: epath.Path, **options) -> ocp.CheckpointManager:

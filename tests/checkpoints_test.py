@@ -243,3 +243,15 @@ def test_a_write_that_fails_names_the_path_and_leaves_the_last_one(tmp_path):
   assert message.startswith(f'checkpoint directory {tmp_path}: File too large')
   assert 'free space' in message and total == '4.0'
   assert done.stderr == ''
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  tree = {'a': np.arange(3.0)}
+  checkpoints.save_once('once', tree)
+  np.testing.assert_array_equal(
+      checkpoints.restore_once('once', tree)['a'], tree['a'])
+  with checkpoints.Checkpoints('run', keep_latest=1, keep_best=0) as store:
+    store.save(1, tree, {})
+  restored, _ = checkpoints.restore('run', tree)
+  np.testing.assert_array_equal(restored['a'], tree['a'])

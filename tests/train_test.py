@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -135,7 +136,8 @@ def test_two_steps_and_two_are_four_bitwise(whole, tmp_path, monkeypatch):
 def test_a_killed_process_resumes(whole, tmp_path):
   command = [
       sys.executable, '-m', 'stepsearch.train', '--config=configs/tiny.py',
-      f'--workdir={tmp_path}', *(f'--config.{leaf}' for leaf in MICRO)]
+      f'--workdir={os.path.relpath(tmp_path, _ROOT)}',
+      *(f'--config.{leaf}' for leaf in MICRO)]
   environment = _environment(tmp_path)
   with subprocess.Popen(
       command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE,
