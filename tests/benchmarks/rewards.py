@@ -73,7 +73,7 @@ def fast_turns(rows):
   config = rewards.Config(variant='released')
   similar = rewards._similarities(examples, transcripts, config, None)
   return [
-      rewards._turns(transcript, True, c)
+      rewards._turns(transcript, True, c, 0)
       for transcript, c in zip(transcripts, similar)
   ]
 
