@@ -1,6 +1,7 @@
 """Every leaf, with the paper's numbers; other files change what they need."""
 
 from ml_collections import ConfigDict
+from ml_collections import config_dict
 
 
 def get_config(arg=''):
@@ -48,7 +49,7 @@ def get_config(arg=''):
 
   config.reward = ConfigDict(dict(
       variant='paper',  # paper | released
-      wrong_format=0.0,  # the released code's is -1
+      wrong_format=config_dict.placeholder(float),  # paper 0, released -1
       search_key_coef=0.618, turn_scale=1.0,
       similarity='tfidf',  # tfidf | retriever
       answer=True, search_key=True, information_gain=True,

@@ -21,7 +21,7 @@ def _smoke(config):
       max_turns=2, k=1, prompt_length=256, response_length=48,
       observation_length=160, max_length=736))
   config.ppo.update(dict(minibatch_size=4, microbatch_size=4))
-  config.warmup.update(dict(steps=30, batch_size=2, learning_rate=1e-2))
+  config.warmup.update(dict(steps=60, batch_size=2, learning_rate=1e-2))
   config.eval.update(dict(every=2, batch_size=8, sampled=False))
   config.checkpoint.every = 1
 

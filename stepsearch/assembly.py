@@ -353,6 +353,8 @@ def _reward(config) -> rewards.Config | Score:
     return _reward_factory(factory, config.reward)
   if config.algorithm == 'ppo':
     c |= dict(search_key=False, turn_reward=False)
+  if c['wrong_format'] is None:
+    c['wrong_format'] = -1.0 if c['variant'] == 'released' else 0.0
   return rewards.Config(**c)
 
 

@@ -20,6 +20,7 @@ from stepsearch import evaluate
 from stepsearch import evaluation
 from stepsearch import metrics
 from stepsearch import train
+from stepsearch import types
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SHARED = _ROOT.parent / 'shared'
@@ -336,3 +337,14 @@ def test_real_musique_with_a_real_tokenizer(tmp_path):
   assert len(lines) == 8
   assert all('Question: ' + line['question'] in line['text'] for line in lines)
   assert any(turn['documents'] for line in lines for turn in line['turns'])
+
+
+@pytest.mark.parametrize('overrides, expected', [
+    ((), 0.0), (('reward.variant=released',), -1.0),
+    (('reward.variant=released', 'reward.wrong_format=-0.5'), -0.5)])
+def test_a_broken_format_costs_what_the_variant_says(
+    overrides, expected, tmp_path):
+  parts = assembly.build(_config(*overrides), tmp_path, say=lambda _: None)
+  transcript = types.Transcript('', (types.Turn('no tags at all'),))
+  score, = parts.score(parts.train[:1], [transcript])
+  assert score.global_reward == expected
