@@ -204,7 +204,7 @@ def unknown_variant(arg: str, known: Sequence[str]) -> NoReturn:
       f'commas){_did_you_mean(arg, known)}')
 
 
-def check_workdir(path: str) -> epath.Path:
+def check_workdir(path: str, flag: str = 'workdir') -> epath.Path:
   """Creates the directory if need be and proves that it can be written.
 
   Raises:
@@ -218,7 +218,7 @@ def check_workdir(path: str) -> epath.Path:
     probe.unlink()
   except OSError as error:
     raise ValueError(
-        f'--workdir={path} cannot be written ({error.strerror or error}): '
+        f'--{flag}={path} cannot be written ({error.strerror or error}): '
         'choose another directory, or free space and check the permissions '
         'of this one.') from error
   return workdir

@@ -49,7 +49,7 @@ def evaluate(
     raise ValueError(
         f'--checkpoint={checkpoint}: there is no run here (no checkpoints '
         'folder in it); give the --workdir of a training run.')
-  out = pathlib.Path(config_lib.check_workdir(output))
+  out = pathlib.Path(config_lib.check_workdir(output, 'output'))
   progress = metrics.Progress(0)
   parts = assembly.build(config, root, training=False, say=progress.line)
   like = jax.tree.map(

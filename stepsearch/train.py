@@ -56,9 +56,10 @@ def train(
   assembly.tune_host()
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-  config_lib.require(
-      '://' not in workdir, 'workdir', workdir,
-      'a local directory is needed; copy it to the object store afterwards.')
+  if '://' in workdir:
+    raise ValueError(
+        f'--workdir={workdir}: a local directory is needed; copy it to the '
+        'object store afterwards.')
   root = pathlib.Path(config_lib.check_workdir(workdir))
   if (root / 'config.json').exists():
     config_lib.write(config, root, _MAY_CHANGE)
