@@ -16,11 +16,16 @@ def get_config(arg=''):
   config.tensorboard = True
   config.compilation_cache = ''  # folder for compiled programs; '' = off
 
-  # A dense decoder; the shape of Qwen2.5-3B. vocab_size 0 = the tokenizer's.
   config.model = ConfigDict(dict(
+      # Hugging Face folder, local or gs://, whose config, tokenizer and weights
+      # the run starts from; '' = random weights of the sizes below.
+      pretrained='',
+      # The shape of Qwen2.5-3B; vocab_size 0 = the tokenizer's.
       vocab_size=0, embed=2048, layers=36, heads=16, kv_heads=2, head_dim=128,
       mlp=11008, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True,
-      attention_bias=True, qk_norm=False, dtype='bfloat16', remat=True))
+      attention_bias=True, qk_norm=False,
+      dtype='bfloat16', remat=True,  # these three hold for every model
+      attention='auto'))  # auto | plain | splash (TPU) | cudnn (GPU)
 
   config.data = ConfigDict(dict(
       source='jsonl',  # jsonl | world
@@ -35,14 +40,18 @@ def get_config(arg=''):
       train_entities=240, eval_entities=120, name_words=40, same_type=False))
 
   config.retriever = ConfigDict(dict(
-      embedder='lexical', dimensions=2048,
+      embedder='lexical',  # or the folder of an encoder: E5, BGE, MiniLM, ...
+      dimensions=2048,  # of lexical
+      # Put before the encoder's texts; None = as it was trained.
+      query_prefix=config_dict.placeholder(str),
+      passage_prefix=config_dict.placeholder(str),
       index='auto',  # auto | scann | exact
       directory='',  # '' = <workdir>/index
       factory=''))  # 'package.module:function' of a user's own engine
 
   config.rollout = ConfigDict(dict(
       protocol='full',  # full | short: the texts around the turns
-      chat=True,  # the tokenizer's chat template, if any; off: base models
+      chat='auto',  # chat template: auto (models tuned on theirs) | on | off
       max_turns=5, k=3, prompt_length=2048, response_length=800,
       observation_length=800, max_length=8192, temperature=1.0, top_k=0,
       top_p=1.0, length_multiple=128))
@@ -57,7 +66,9 @@ def get_config(arg=''):
       factory=''))  # 'package.module:function' of a user's own reward
 
   config.ppo = ConfigDict(dict(
-      epochs=1, minibatch_size=64, microbatch_size=32, gamma=1.0,
+      epochs=1, minibatch_size=64, microbatch_size=16,
+      packing=True,  # short episodes share a row of the update
+      gamma=1.0,
       gae_lambda=1.0, clip_eps=0.2, value_clip=0.5, kl_coef=1e-3,
       kl_kind='k1', entropy_coef=0.0, average='trajectory', whiten_floor=0.1,
       logprob_chunk=256, actor_lr=7e-7, critic_lr=7e-6, actor_warmup=0.285,

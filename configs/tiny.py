@@ -46,7 +46,7 @@ def get_config(arg=''):
       protocol='short', max_turns=5, k=2, prompt_length=32, response_length=16,
       observation_length=32, max_length=288, length_multiple=64))
   config.ppo.update(dict(
-      minibatch_size=16, microbatch_size=16, actor_lr=5e-4, critic_lr=1e-3,
+      minibatch_size=16, microbatch_size=4, actor_lr=5e-4, critic_lr=1e-3,
       actor_warmup=0.05, critic_warmup=0.015))
   config.warmup.update(dict(steps=450, learning_rate=4e-3, weight_decay=0.01))
   config.eval.update(dict(every=10, batch_size=64))

@@ -30,7 +30,11 @@ from stepsearch import warmup
 from stepsearch.data import datasets
 from stepsearch.data import demonstrations as demonstrations_lib
 from stepsearch.data import world as world_lib
+from stepsearch.models import attention
+from stepsearch.models import folder as folder_lib
+from stepsearch.models import hf
 from stepsearch.models import qwen
+from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
@@ -53,6 +57,7 @@ class Parts:
   eval: Sequence[types.Example]
   retriever: Any
   model: qwen.Config
+  pretrained: folder_lib.Folder | None  # config, tokenizer and weights
   learner: learner.Learner | None  # None where nothing is trained
   collect: collect.Collector
   score: Score
@@ -116,8 +121,13 @@ def build(
   protocol = (
       protocol_lib.Protocol.short() if config.rollout.protocol == 'short'
       else protocol_lib.Protocol())
-  tokenizer = _tokenizer(config, world)
-  model = _model(config, tokenizer, mesh)
+  pretrained = _pretrained(config, workdir)
+  tokenizer = _tokenizer(config, world, pretrained)
+  model = _model(config, tokenizer, mesh, pretrained)
+  if pretrained is not None:
+    say(f'{pretrained.path}: {model.layers} layers of {model.embed}, '
+        f'{model.heads} heads ({model.kv_heads} kv), {model.vocab_size:,} '
+        f'tokens, computed in {model.dtype}')
   trainer = learner.Learner(
       model,
       learner.Config(
@@ -138,8 +148,31 @@ def build(
   return Parts(
       config=config, mesh=mesh, tokenizer=tokenizer, protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
-      learner=trainer, collect=collector,
+      pretrained=pretrained, learner=trainer, collect=collector,
       score=_score(config, reward, engine))
+
+
+def parameters(parts: Parts, key: jax.Array) -> Any:
+  """Actor parameters on the mesh: the pretrained ones, or random ones."""
+  if parts.pretrained is not None:
+    return hf.load(parts.config.model.pretrained, parts.mesh)[1]
+  return jax.jit(
+      lambda k: qwen.init(parts.model, k),
+      out_shardings=sharding.shardings(
+          qwen.axes(parts.model)[0], parts.mesh))(key)
+
+
+def write_card(parts: Parts, directory: pathlib.Path) -> None:
+  """Writes config.json and tokenizer, so that `export` needs nothing else."""
+  if directory.exists():
+    return
+  draft = directory.with_name(directory.name + '.tmp')
+  draft.mkdir(exist_ok=True)
+  own = parts.config.tokenizer or parts.pretrained is None
+  hf.write_card(
+      draft, parts.model, parts.tokenizer if own else None,
+      source=parts.pretrained and parts.pretrained.path)
+  draft.replace(directory)
 
 
 def demonstrations(parts: Parts) -> warmup.Demonstrations:
@@ -244,8 +277,10 @@ def _check(config, training):
         and min(hops) >= 1, f'{section}.{prefix}shares', tuple(shares),
         f'one share is needed for each of {prefix}hops = {tuple(hops)}, not '
         'all of them zero.')
+  config_lib.choice('rollout.chat', config.rollout.chat, ('auto', 'on', 'off'))
   config_lib.require(
-      config.tokenizer or not made or config.rollout.protocol == 'short',
+      config.tokenizer or config.model.pretrained or not made
+      or config.rollout.protocol == 'short',
       'rollout.protocol', config.rollout.protocol,
       "the world's own words do not spell the long instruction: use short, or "
       'give config.tokenizer.')
@@ -269,9 +304,32 @@ def _check_rows(config, mesh, training):
         f'choose a multiple of {shards}.')
 
 
-def _model(config, tokenizer, mesh) -> qwen.Config:
+def _pretrained(config, workdir) -> folder_lib.Folder | None:
+  """The model that a run starts from; a run that has begun has its own card."""
+  if not config.model.pretrained:
+    return None
+  card = pathlib.Path(workdir) / 'model'
+  if card.exists():
+    return folder_lib.Folder(card)
+  folder = folder_lib.Folder(config.model.pretrained)
+  hf.check(folder)
+  return folder
+
+
+def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
   sizes = config.model.to_dict()
+  del sizes['pretrained']
   tensor = mesh.shape['tensor']
+  if pretrained is not None:
+    model = hf.read_config(pretrained)
+    if model.vocab_size < tokenizer.vocab_size:
+      raise ValueError(
+          f'the tokenizer has {tokenizer.vocab_size} tokens and the embedding '
+          f'of {pretrained.path} {model.vocab_size} rows: take the tokenizer '
+          'that came with the model (config.tokenizer = \'\').')
+    sizes = dataclasses.asdict(model) | dict(
+        rope_scaling=model.rope_scaling,
+        **{name: sizes[name] for name in ('dtype', 'remat', 'attention')})
   if not sizes['vocab_size']:
     sizes['vocab_size'] = -(-tokenizer.vocab_size // tensor) * tensor
   config_lib.require(
@@ -279,6 +337,16 @@ def _model(config, tokenizer, mesh) -> qwen.Config:
       sizes['vocab_size'],
       f'the tokenizer has {tokenizer.vocab_size} tokens, and a model needs a '
       "row for every token; 0 takes the tokenizer's number.")
+  longest = sizes.setdefault('max_length', config.rollout.max_length)
+  config_lib.require(
+      config.rollout.max_length <= longest,
+      'rollout.max_length', config.rollout.max_length,
+      f'the model was made for {longest} positions (max_position_embeddings '
+      'of its config.json): lower it.')
+  sizes['attention'] = attention.resolve(
+      sizes['attention'], mesh.devices.flat[0].platform,
+      head_dim=sizes['head_dim'], dtype=sizes['dtype'],
+      windows=sizes.get('windows', ()))
   for axis, names in (
       ('tensor', ('vocab_size', 'heads', 'kv_heads', 'mlp')),
       ('fsdp', ('embed',))):
@@ -321,25 +389,44 @@ def _read(config, training):
   return corpus, train, held_out
 
 
-def _tokenizer(config, world):
+def _tokenizer(config, world, pretrained):
+  special = hf.special_ids(pretrained) if pretrained is not None else ()
   if config.tokenizer:
-    return tokenizer_lib.load(config.tokenizer)
+    return tokenizer_lib.load(config.tokenizer, *special)
+  if pretrained is not None:
+    return tokenizer_lib.load(pretrained.path, *special)
   config_lib.require(
       world is not None, 'tokenizer', config.tokenizer,
-      'real text needs a tokenizer: a Hugging Face folder or a tokenizer.json.')
+      'real text needs a tokenizer: a Hugging Face folder or a tokenizer.json, '
+      "or the model's own with config.model.pretrained.")
   return tokenizer_lib.from_words(
       [*world.words, *protocol_lib.SHORT_WORDS], protocol_lib.TAGS)
 
 
 def _retriever(config, corpus, workdir, say):
   c = config.retriever
-  config_lib.choice('retriever.embedder', c.embedder, ('lexical',))
+  prefixes = dict(
+      query_prefix=c.query_prefix, passage_prefix=c.passage_prefix)
+  for field, prefix in prefixes.items():
+    config_lib.require(
+        prefix is None or c.embedder != 'lexical', f'retriever.{field}', prefix,
+        'config.retriever.embedder = lexical takes no prefix: leave it out, or '
+        'name the folder of an encoder.')
   config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
   if c.factory:
     return retriever_lib.from_factory(c.factory, c)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
+  embedder = c.embedder
+  if embedder != 'lexical':
+    try:
+      embedder = encoders.load(embedder, **prefixes)
+    except ValueError as error:
+      raise ValueError(
+          f'config.retriever.embedder = {c.embedder!r} is neither lexical nor '
+          f'a usable encoder: {error}') from error
+    say(f'{c.embedder}: {embedder.fingerprint}')
   engine = retriever_lib.build(
-      corpus, embedder=c.embedder, dimensions=c.dimensions, index=c.index,
+      corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
       directory=directory)
   say(f'index of {len(engine):,} passages in {directory}')
   return engine

@@ -3,8 +3,9 @@
     python -m stepsearch.build_index --corpus=corpus.jsonl --output=DIR
 
 Training and evaluation load DIR and refuse it for another corpus or other
-embedder settings. Building ends with a comparison of the index against exact
-search, on titles of the corpus as queries.
+embedder settings (embedder, dimensions and prefixes of config.retriever).
+Building ends with a comparison of the index against exact search, on titles of
+the corpus as queries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from stepsearch.data import datasets
+from stepsearch.retrieval import embed
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever as retrieval
 
@@ -21,12 +23,25 @@ _SAMPLE = 200
 _LOW_RECALL = 0.95
 
 
-def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
+def run(
+    corpus: str,
+    output: str,
+    *,
+    embedder: str = 'lexical',
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
+    dimensions: int,
+    index: str,
+    **parameters,
+):
   """Builds and saves an index, replacing one that is at `output`.
 
   Args:
     corpus: a file that `datasets.read_corpus` reads.
     output: the folder to write.
+    embedder: 'lexical', or the folder of an encoder.
+    query_prefix: of the encoder, as of `encoders.load`.
+    passage_prefix: of the encoder, as of `encoders.load`.
     dimensions: of the lexical embedder.
     index: backend, as of `retrieval.index.build`.
     **parameters: of `retrieval.index.build`.
@@ -37,6 +52,8 @@ def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
   start = time.monotonic()
   documents = datasets.read_corpus(corpus)
   print(f'{len(documents)} documents in {corpus}', flush=True)
+  made = _embedder(embedder, query_prefix, passage_prefix, dimensions)
+  print(made.fingerprint, flush=True)
   embedding_start = time.monotonic()
   shown = embedding_start
 
@@ -53,7 +70,7 @@ def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
 
   built = retrieval.build(
       documents,
-      dimensions=dimensions,
+      embedder=made,
       index=index,
       directory=output,
       replace=True,
@@ -61,7 +78,7 @@ def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
       **parameters,
   )
   print(f'{built.index.parameters} saved to {output}', flush=True)
-  recall = _recall(retrieval.load(output, index=index))
+  recall = _recall(retrieval.load(output, embedder=made, index=index))
   print(f'recall@10 against exact search: {recall:.4f}')
   if recall < _LOW_RECALL:
     print(
@@ -70,6 +87,27 @@ def run(corpus: str, output: str, *, dimensions: int, index: str, **parameters):
     )
   print(f'done in {time.monotonic() - start:.0f} s')
   return recall
+
+
+def _embedder(name, query_prefix, passage_prefix, dimensions):
+  if name == 'lexical':
+    if query_prefix is not None or passage_prefix is not None:
+      raise ValueError(
+          '--query_prefix and --passage_prefix belong to an encoder: leave them'
+          ' out, or name its folder by --embedder.'
+      )
+    return embed.LexicalEmbedder(dimensions)
+  # Here, because the lexical embedder needs no jax.
+  from stepsearch.retrieval import encoders
+
+  try:
+    return encoders.load(
+        name, query_prefix=query_prefix, passage_prefix=passage_prefix
+    )
+  except ValueError as error:
+    raise ValueError(
+        f"--embedder={name} is neither 'lexical' nor a usable encoder: {error}"
+    ) from error
 
 
 def _recall(built: retrieval.Retriever) -> float:
@@ -99,6 +137,15 @@ if __name__ == '__main__':
       'output', None, 'Folder to write; an index in it is replaced.',
       required=True,
   )
+  _EMBEDDER = flags.DEFINE_string(
+      'embedder', 'lexical', "'lexical', or the folder of an encoder."
+  )
+  _QUERY_PREFIX = flags.DEFINE_string(
+      'query_prefix', None, "Of the encoder's queries; default: its own."
+  )
+  _PASSAGE_PREFIX = flags.DEFINE_string(
+      'passage_prefix', None, "Of the encoder's passages; default: its own."
+  )
   _DIMENSIONS = flags.DEFINE_integer(
       'dimensions', 2048, 'Width of the lexical vectors.', lower_bound=1
   )
@@ -124,6 +171,9 @@ if __name__ == '__main__':
       run(
           _CORPUS.value,
           _OUTPUT.value,
+          embedder=_EMBEDDER.value,
+          query_prefix=_QUERY_PREFIX.value,
+          passage_prefix=_PASSAGE_PREFIX.value,
           dimensions=_DIMENSIONS.value,
           index=_INDEX.value,
           exact_below=_EXACT_BELOW.value,

@@ -26,6 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from stepsearch import sharding
+from stepsearch.models import qwen
+
 # epath would read gs:// through TensorFlow where that is installed: another
 # path than the tested one, and one that knows no emulator.
 os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -174,6 +177,33 @@ def restore(
   with _explained(directory), contextlib.closing(
       _manager(directory, create=False)) as manager:
     return _restore(manager, like, step, partial)
+
+
+def restore_actor(
+    directory: str | epath.Path, model: qwen.Config, mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> tuple[Any, int]:
+  """Reads the actor's parameters alone, onto the mesh.
+
+  Args:
+    directory: what `Checkpoints` was given.
+    model: of the run.
+    mesh: any; it need not be that of the run.
+    step: the newest by default.
+
+  Returns:
+    the parameters, and the step they are of.
+
+  Raises:
+    ValueError: as of `restore`.
+  """
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(lambda: qwen.init(model, jax.random.key(0))),
+      sharding.shardings(qwen.axes(model)[0], mesh))
+  state, metadata = restore(
+      directory, {'actor': {'params': like}}, step, partial=True)
+  return state['actor']['params'], metadata['step']
 
 
 def save_once(path: str | epath.Path, tree: Any) -> None:

@@ -2,7 +2,9 @@
 
     python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR
 
-Writes DIR/eval.json (means, by dataset and by hops) and DIR/transcripts.jsonl.
+The checkpoint is the workdir of a run, or a Hugging Face folder: a pretrained
+model, or what `export` wrote. Writes DIR/eval.json (means, by dataset and by
+hops) and DIR/transcripts.jsonl.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+from etils import epath
 import jax
 import ml_collections
 
@@ -18,8 +21,6 @@ from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import evaluation
 from stepsearch import metrics
-from stepsearch import sharding
-from stepsearch.models import qwen
 
 
 def evaluate(
@@ -30,7 +31,8 @@ def evaluate(
 
   Args:
     config: of the run; its held-out questions and engine are used.
-    checkpoint: the workdir of a run, or its checkpoints folder.
+    checkpoint: the workdir of a run, or its checkpoints folder; or a Hugging
+      Face folder, on disk or gs://.
     output: receives eval.json and transcripts.jsonl.
     step: of the checkpoint; the newest by default.
     sampled: at T = config.rollout.temperature instead of greedy.
@@ -42,28 +44,39 @@ def evaluate(
     ValueError: no such checkpoint, or one of another shape; a bad config.
   """
   assembly.tune_host()
-  root = pathlib.Path(checkpoint)
+  root = epath.Path(checkpoint)
   if root.name == 'checkpoints':
     root = root.parent
-  if not (root / 'checkpoints').is_dir():
-    raise ValueError(
-        f'--checkpoint={checkpoint}: there is no run here (no checkpoints '
-        'folder in it); give the --workdir of a training run.')
+  trained = (root / 'checkpoints').is_dir()
+  if not trained:
+    if not any(root.glob('*.safetensors')):
+      raise ValueError(
+          f'--checkpoint={checkpoint}: there is no run here (no checkpoints '
+          'folder in it) and no Hugging Face model (no *.safetensors); give '
+          'the --workdir of a training run, or such a folder.')
+    if step is not None:
+      raise ValueError(
+          f'--step={step}: {checkpoint} is a Hugging Face folder, which has no '
+          'steps; leave it out.')
+    config = ml_collections.ConfigDict(config)
+    config.model.pretrained = checkpoint
   out = pathlib.Path(config_lib.check_workdir(output, 'output'))
   progress = metrics.Progress(0)
-  parts = assembly.build(config, root, training=False, say=progress.line)
-  like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(lambda: qwen.init(parts.model, jax.random.key(0))),
-      sharding.shardings(qwen.axes(parts.model)[0], parts.mesh))
-  state, metadata = checkpoints.restore(
-      root / 'checkpoints', {'actor': {'params': like}}, step, partial=True)
+  parts = assembly.build(
+      config, root if trained else out, training=False, say=progress.line)
+  key = jax.random.key(config.seed)
+  if trained:
+    params, step = checkpoints.restore_actor(
+        root / 'checkpoints', parts.model, parts.mesh, step)
+    name = f'step {step} of {root}'
+  else:
+    params, name = assembly.parameters(parts, key), str(root)
 
   with progress.phase('questions', len(parts.eval)) as tick:
     _, rows = evaluation.evaluate(
-        parts.collect, parts.score, state['actor']['params'], parts.eval,
-        config.eval.batch_size, jax.random.key(config.seed),
-        greedy=not sampled, on_batch=lambda rows: tick(
+        parts.collect, parts.score, params, parts.eval,
+        config.eval.batch_size, key, greedy=not sampled,
+        on_batch=lambda rows: tick(
             len(rows), em=evaluation.summary(rows)['em']))
   results = {
       name: evaluation.summary([r for r in rows if r['dataset'] == name])
@@ -73,10 +86,10 @@ def evaluate(
       json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
       encoding='utf-8')
   (out / 'eval.json').write_text(json.dumps(
-      {'checkpoint': str(root), 'step': metadata['step'],
+      {'checkpoint': str(root), 'step': step,
        'decoding': 'sampled' if sampled else 'greedy', 'results': results},
       indent=2) + '\n')
-  progress.line(f'step {metadata["step"]} of {root}')
+  progress.line(name)
   for name, found in results.items():
     progress.line(
         f'{name:>12}: EM {found["em"]:.3f}  F1 {found["f1"]:.3f}  searches '
@@ -90,7 +103,9 @@ if __name__ == '__main__':
   from absl import flags
 
   _CHECKPOINT = flags.DEFINE_string(
-      'checkpoint', None, 'Workdir of the training run.', required=True)
+      'checkpoint', None,
+      'Workdir of the training run, or a Hugging Face folder.',
+      required=True)
   _OUTPUT = flags.DEFINE_string(
       'output', None, 'Where eval.json and transcripts.jsonl go.',
       required=True)

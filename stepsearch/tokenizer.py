@@ -14,13 +14,22 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import re
+import tempfile
 import threading
 from typing import Any
 
+from etils import epath
 import numpy as np
 
+# epath would read gs:// through TensorFlow where that is installed.
+os.environ.setdefault('EPATH_USE_TF', 'false')
+
+# What a Hugging Face folder may hold of a tokenizer.
+FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+    'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model',
+    'chat_template.jinja', 'chat_template.json')
 PAD, EOS, UNKNOWN = '<pad>', '<eos>', '<unk>'
 
 
@@ -29,12 +38,15 @@ class Tokenizer:
 
   Attributes:
     byte_strings: list of bytes, length `vocab_size`; b'' for unused ids.
-    eos_id, pad_id: int; pad falls back to eos where the tokenizer has none.
+    eos_ids: the tokens at which a policy has ended, the tokenizer's own first.
+    pad_id: int; the first of `eos_ids` where nothing names another.
     vocab_size: int, the largest id plus one. A model may have more rows than
       this; `decode` gives '' for such ids.
   """
 
-  def __init__(self, fast: Any):
+  def __init__(
+      self, fast: Any, eos_ids: Sequence[int] = (), pad_id: int | None = None
+  ):
     """Wraps a transformers `PreTrainedTokenizerFast`; see `load`."""
     self._fast = fast
     self._backend = fast.backend_tokenizer
@@ -47,9 +59,11 @@ class Tokenizer:
           'where a policy that has nothing more to say ends its turn. Name one '
           'in its tokenizer_config.json ("eos_token": "<|im_end|>", say).'
       )
-    self.eos_id = int(fast.eos_token_id)
-    pad = fast.pad_token_id
-    self.pad_id = self.eos_id if pad is None else int(pad)
+    self.eos_ids = tuple(dict.fromkeys((int(fast.eos_token_id), *eos_ids)))
+    for pad in (fast.pad_token_id, pad_id, self.eos_ids[0]):
+      if pad is not None:
+        self.pad_id = int(pad)
+        break
 
   def encode(self, text: str) -> list[int]:
     """Tokens of `text`, with nothing added in front or behind.
@@ -69,16 +83,17 @@ class Tokenizer:
     return joined.decode('utf-8', errors='replace')
 
   def prompt(
-      self, question: str, instruction: str, chat: bool = True
+      self, question: str, instruction: str, chat: str = 'auto'
   ) -> list[int]:
     """Tokens of the prompt that asks `question`.
 
     Args:
       question: the question; surrounding whitespace is dropped.
       instruction: text with one or more '{question}' placeholders.
-      chat: put the text into the tokenizer's chat template, as one user
-        message followed by the opening of the assistant's; a tokenizer without
-        a template takes the plain text.
+      chat: 'on': the text goes into the tokenizer's chat template, as one
+        user message followed by the opening of the assistant's; 'off': it is
+        sent plainly, after what the tokenizer puts before any text (a
+        beginning-of-sequence token, say); 'auto': on if `chats`.
 
     Returns:
       list of int.
@@ -92,21 +107,53 @@ class Tokenizer:
           "question: write '{question}' where it belongs."
       )
     text = instruction.replace('{question}', question.strip())
-    if not chat or not self._fast.chat_template:
-      return self.encode(text)
-    try:
-      text = self._fast.apply_chat_template(
-          [{'role': 'user', 'content': text}],
-          tokenize=False,
-          add_generation_prompt=True,
+    if chat == 'on' and not self._fast.chat_template:
+      raise ValueError(
+          f"config.rollout.chat = 'on', but the tokenizer "
+          f'{self._fast.name_or_path!r} has no chat template: use auto or off.'
       )
+    if chat == 'off' or (chat == 'auto' and not self.chats):
+      return [*self._prefix, *self.encode(text)]
+    return self._encode(self._render(
+        [{'role': 'user', 'content': text}], add_generation_prompt=True
+    ), specials=True)
+
+  @functools.cached_property
+  def chats(self) -> bool:
+    """Whether the model was tuned on its chat template.
+
+    Base models carry one too, but end with another token than the one that
+    ends the assistant's turn in it.
+    """
+    if not self._fast.chat_template:
+      return False
+    words = 'so it is'
+    text = self._render([
+        {'role': 'user', 'content': 'Is it?'},
+        {'role': 'assistant', 'content': words},
+    ])
+    _, _, after = text.rpartition(words)
+    return self.eos_ids[0] in self._encode(after, specials=True)
+
+  @functools.cached_property
+  def _prefix(self) -> list[int]:
+    """What the tokenizer puts before every text."""
+    whole = self._backend.encode('a').ids
+    text = self.encode('a')
+    for start in range(len(whole) - len(text) + 1):
+      if whole[start:start + len(text)] == text:
+        return whole[:start]
+    return []
+
+  def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+      return self._fast.apply_chat_template(messages, tokenize=False, **options)
     except ImportError as error:
       raise ValueError(
           f'The tokenizer {self._fast.name_or_path!r} has a chat template, and '
           f'rendering it failed: {error} Install jinja2, or set '
-          'config.rollout.chat=false to send the plain prompt.'
+          'config.rollout.chat=off to send the plain prompt.'
       ) from error
-    return self._encode(text, specials=True)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -115,7 +162,7 @@ class Tokenizer:
     parts = [
         [state[part] for part in ('normalizer', 'pre_tokenizer', 'model')],
         [(i, self.byte_strings[i].hex()) for i in sorted(self._added())],
-        [self.vocab_size, self.eos_id, self.pad_id, self._fast.chat_template],
+        [self.vocab_size, self.eos_ids, self.pad_id, self._fast.chat_template],
     ]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -135,18 +182,24 @@ class Tokenizer:
       return self._backend.encode(text, add_special_tokens=False).ids
 
 
-def load(path: str | os.PathLike[str]) -> Tokenizer:
+def load(
+    path: str | os.PathLike[str],
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+) -> Tokenizer:
   """Reads a tokenizer from a Hugging Face folder or a tokenizer.json.
 
   Args:
     path: a folder with tokenizer.json (or the files from which transformers
       makes a fast tokenizer: vocab.json and merges.txt, tokenizer.model), or
-      the tokenizer.json itself, whose folder is then used.
+      the tokenizer.json itself, whose folder is then used; local or gs://.
+    eos_ids: what the model's config names besides the tokenizer's own.
+    pad_id: what the model's config names, where the tokenizer has none.
 
   Raises:
     ValueError: nothing there, or nothing that is a fast tokenizer.
   """
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   folder = path.parent if path.is_file() else path
   known = ('tokenizer.json', 'vocab.json', 'tokenizer.model')
   if not any((folder / name).is_file() for name in known):
@@ -155,6 +208,12 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         'tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) as '
         'Hugging Face models carry it, or the path of the tokenizer.json.'
     )
+  if '://' in str(folder):
+    with tempfile.TemporaryDirectory() as local:
+      for name in FILES:
+        if (folder / name).exists():
+          (folder / name).copy(epath.Path(local, name))
+      return load(local, eos_ids, pad_id)
   transformers = _transformers()
   whole = (folder / 'tokenizer.json').is_file()
   try:
@@ -174,7 +233,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         f'The tokenizer at {os.fspath(folder)!r} has no fast form; save it '
         'once with a tokenizer.json (save_pretrained of a fast tokenizer).'
     )
-  return Tokenizer(fast)
+  return Tokenizer(fast, eos_ids, pad_id)
 
 
 def from_words(words: Sequence[str], tags: Sequence[str]) -> Tokenizer:
@@ -194,6 +253,7 @@ def from_words(words: Sequence[str], tags: Sequence[str]) -> Tokenizer:
     ValueError: a word that could never be produced by splitting a text.
   """
   import tokenizers
+  from tokenizers import decoders
   from tokenizers import models
   from tokenizers import pre_tokenizers
 
@@ -209,6 +269,7 @@ def from_words(words: Sequence[str], tags: Sequence[str]) -> Tokenizer:
   backend = tokenizers.Tokenizer(
       models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN)
   )
+  backend.decoder = decoders.Fuse()
   either = '|'.join(re.escape(tag) for tag in tags)
   backend.pre_tokenizer = pre_tokenizers.Split(
       tokenizers.Regex(rf'{either}| ?[^\s<]+|\s|<'), behavior='isolated'

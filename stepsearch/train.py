@@ -8,6 +8,7 @@ The same command again resumes, bitwise; a finished run says so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -43,7 +44,8 @@ def train(
   Args:
     config: as of configs/default.py.
     workdir: receives config.json, metrics.jsonl, tensorboard/, index/,
-      reference/, checkpoints/, transcripts/, eval.json, learning_curve.png.
+      model/, reference/, checkpoints/, transcripts/, eval.json,
+      learning_curve.png.
     source: the --config flags, for the command that is shown at the end.
 
   Returns:
@@ -76,6 +78,7 @@ def train(
   # Only now: a config that was refused must not be what a later one is
   # compared with.
   config_lib.write(config, root, _MAY_CHANGE)
+  assembly.write_card(parts, root / 'model')
   key = jax.random.key(config.seed)
   init_key, rollout_key, update_key, eval_key = (
       jax.random.fold_in(key, i) for i in range(4))
@@ -116,7 +119,7 @@ def train(
             step, state,
             {'step': step, 'next_example': step * config.batch_size,
              'config': json.loads(config_lib.to_json(config)),
-             'model': vars(parts.model)},
+             'model': dataclasses.asdict(parts.model)},
             {'eval/em': found['em']} if found else None)
 
     # -- step 0: the warmed-up policy, which is also the reference -------------
@@ -232,9 +235,7 @@ def _step_zero(parts, learner, root, key, progress, timer):
         learner.shardings.actor.params)
     reference = checkpoints.restore_once(reference_path, like)
     return reference, reference
-  params = jax.jit(
-      lambda k: qwen.init(parts.model, k),
-      out_shardings=learner.shardings.actor.params)(key)
+  params = assembly.parameters(parts, key)
   if config.warmup.steps:
     with timer.section('warmup'):
       demonstrations = assembly.demonstrations(parts)
@@ -279,6 +280,10 @@ def _conclude(progress, root, stored, source):
       f'next:  python -m stepsearch.evaluate {source} '
       f'--checkpoint={shlex.quote(str(root))} --output='
       f'{shlex.quote(str(root / "evaluation"))}')
+  progress.line(
+      'or:    python -m stepsearch.export --checkpoint='
+      f'{shlex.quote(str(root))} --output='
+      f'{shlex.quote(str(root / "exported"))}')
 
 
 def _write_rows(path, rows):

@@ -47,7 +47,7 @@ class Demonstrations:
 
 def tokenize(
     rows: Sequence[tuple[str, str]], tokenizer: Any,
-    protocol: protocol_lib.Protocol, max_length: int, chat: bool = True,
+    protocol: protocol_lib.Protocol, max_length: int, chat: str = 'auto',
 ) -> Demonstrations:
   """Encodes demonstrations, each stretch of policy or environment apart.
 
@@ -125,7 +125,7 @@ def train(
   Raises:
     FloatingPointError: the loss is not finite.
   """
-  actor = qwen.Qwen(model)
+  actor = qwen.Qwen(model, mesh)
   tx = policy.optimizer('adamw', 0.9, 0.95, config.weight_decay, 1.0)
   ramp = max(round(config.ramp * config.steps), 1)
   schedule = optax.schedules.warmup_cosine_decay_schedule(

@@ -147,7 +147,7 @@ def test_a_tight_budget_is_filled_and_never_exceeded(
   table = jnp.zeros_like(collector._table)
   collector._table = table  # no tag stops it
   mute = params | {
-      'lm_head': params['lm_head'].at[:, tokenizer.eos_id].set(0)}
+      'lm_head': params['lm_head'].at[:, tokenizer.eos_ids[0]].set(0)}
   questions = ('? ? ? ? ? ? ?', 'alba ?')
   trajectory, transcripts = collector(
       mute, examples(2, questions), jax.random.key(0))

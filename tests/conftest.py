@@ -145,7 +145,7 @@ class Pieces:
   be told apart from the environment, or one place in its text from another.
   """
 
-  eos_id = 0
+  eos_ids, pad_id = (0,), 0
 
   def __init__(self, strings):
     self.byte_strings = [b'<eos>', *strings]
@@ -163,7 +163,7 @@ class Pieces:
     joined = b''.join(self.byte_strings[i] for i in np.asarray(ids).tolist())
     return joined.decode(errors='replace')
 
-  def prompt(self, question, instruction, chat=True):
+  def prompt(self, question, instruction, chat='auto'):
     return self.encode(instruction.replace('{question}', question))
 
 

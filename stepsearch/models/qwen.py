@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3 dense decoders in Linen: hidden states and logits.
+"""Qwen2, Qwen2.5, Qwen3 and Llama dense decoders in Linen: hidden states.
 
 One definition serves rollout and update. Layers are stacked by `nn.scan`; the
 key/value cache is an argument, and new keys and values are a result, so that
@@ -10,14 +10,31 @@ once after it (`write`), each row at its own position.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-MASKED = -1e30  # finite, so that a row without a visible key has no NaN
+from stepsearch.models import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched to contexts beyond the trained one."""
+
+  kind: str  # linear | yarn (arXiv 2309.00071) | llama3
+  factor: float
+  original_length: int = 0  # positions of the pre-training: yarn, llama3
+  beta_fast: float = 32.0  # yarn: rotations above which nothing is stretched
+  beta_slow: float = 1.0  # yarn: rotations below which all is
+  truncate: bool = True  # yarn: the ramp's ends lie on whole dimensions
+  attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+  low_freq_factor: float = 1.0  # llama3
+  high_freq_factor: float = 4.0  # llama3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +52,14 @@ class Config:
   rms_norm_eps: float = 1e-6
   tie_embeddings: bool = True
   attention_bias: bool = True  # on q, k and v: Qwen2; off: Qwen3
+  output_bias: bool = False  # on the attention's output
   qk_norm: bool = False  # RMSNorm on each head of q and k: Qwen3
+  rope_scaling: RopeScaling | None = None
+  windows: tuple[int, ...] = ()  # positions each layer sees, 0 = all; () = all
+  max_length: int = 32768  # positions the model was made for
   dtype: str = 'float32'  # of the computation
   remat: bool = False  # recompute each layer in the backward pass
+  attention: str = 'plain'  # plain | splash | cudnn: `attention.resolve`
 
   def __post_init__(self):
     for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads',
@@ -55,6 +77,10 @@ class Config:
       raise ValueError(
           f'config.model.head_dim = {self.head_dim}: rotary positions pair '
           'the dimensions of a head, choose an even number.')
+    if self.windows and len(self.windows) != self.layers:
+      raise ValueError(
+          f'config.model.windows has {len(self.windows)} entries for '
+          f'{self.layers} layers: one is needed for each.')
 
 
 @struct.dataclass
@@ -129,12 +155,52 @@ class RMSNorm(nn.Module):
     return (wide * scale).astype(x.dtype)
 
 
-def _rotary(positions: jax.Array, head_dim: int, theta: float):
+def frequencies(config: Config) -> np.ndarray:
+  """Radians per position of each pair of dimensions, [H / 2] float32.
+
+  In float32 throughout, as the checkpoints were trained with: the last bit of
+  a frequency is 1e-4 radians after a few thousand positions.
+  """
+  pairs = np.arange(0, config.head_dim, 2, dtype=np.float32)
+  plain = np.float32(1) / (
+      np.float32(config.rope_theta)**(pairs / np.float32(config.head_dim)))
+  scaling = config.rope_scaling
+  if scaling is None:
+    return plain
+  stretched = plain / np.float32(scaling.factor)
+  if scaling.kind == 'linear':
+    return stretched
+  if scaling.kind == 'yarn':
+    # The dimension that turns `rotations` times over the original context.
+    dimension = lambda rotations: (
+        config.head_dim * math.log(
+            scaling.original_length / (rotations * 2 * math.pi))
+        / (2 * math.log(config.rope_theta)))
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    ramp = np.clip(
+        (pairs / 2 - np.float32(low)) / np.float32(high - low or 1e-3), 0, 1)
+    return (stretched * ramp + plain * (1 - ramp)).astype(np.float32)
+  if scaling.kind == 'llama3':
+    turns = scaling.original_length * plain / (2 * math.pi)
+    share = np.clip(
+        (turns - scaling.low_freq_factor)
+        / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return ((1 - share) * stretched + share * plain).astype(np.float32)
+  raise ValueError(
+      f'rope scaling {scaling.kind!r}: linear, yarn and llama3 are known.')
+
+
+def _rotary(positions: jax.Array, config: Config):
   """cos and sin [B, T, 1, H / 2] float32 of rotary position embedding."""
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, jnp.float32) / head_dim)
-  angle = positions[:, :, None, None].astype(jnp.float32) * frequency[
-      None, None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+  angle = positions[:, :, None, None].astype(jnp.float32) * frequencies(
+      config)[None, None, None, :]
+  factor = 1.0
+  if config.rope_scaling is not None:
+    factor = config.rope_scaling.attention_factor
+  return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
 def _rotate(x, rotary):
@@ -146,16 +212,21 @@ def _rotate(x, rotary):
 
 
 class Attention(nn.Module):
-  """Grouped-query attention over [cache ; new] with one softmax."""
+  """Projections, rotation and bias around `attention.attend`."""
 
   config: Config
+  mesh: jax.sharding.Mesh | None
 
   @nn.compact
-  def __call__(self, x, cache, rotary, new_mask, cache_mask):
+  def __call__(self, x, cache, window, rotary, cache_length, segments):
     """x [B, T, D], one layer's cache [B, K, S, H] -> [B, T, D], new entries."""
     c = self.config
-    groups = c.heads // c.kv_heads
     init = nn.initializers.normal(c.embed**-0.5)
+
+    def bias(name, shape, *axes):
+      value = self.param(
+          f'{name}_bias', _logical(nn.initializers.zeros, *axes), shape)
+      return value.astype(x.dtype)[None, None]
 
     def project(name, heads, axis):
       kernel = self.param(
@@ -163,11 +234,7 @@ class Attention(nn.Module):
           (c.embed, heads, c.head_dim))
       y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
       if c.attention_bias:
-        bias = self.param(
-            f'{name}_bias',
-            _logical(nn.initializers.zeros, axis, 'head_dim'),
-            (heads, c.head_dim))
-        y += bias.astype(x.dtype)[None, None]
+        y += bias(name, (heads, c.head_dim), axis, 'head_dim')
       return y
 
     q = project('q', c.heads, 'heads')
@@ -177,30 +244,16 @@ class Attention(nn.Module):
       q = RMSNorm(c.rms_norm_eps, 'head_dim', name='q_norm')(q)
       k = RMSNorm(c.rms_norm_eps, 'head_dim', name='k_norm')(k)
     q, k = _rotate(q, rotary), _rotate(k, rotary)
-    new = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, K, T, H]
-
-    q = q.reshape(*q.shape[:2], c.kv_heads, groups, c.head_dim)
-    q *= c.head_dim**-0.5
-    scores = jnp.einsum(
-        'btkgh,bkuh->bkgtu', q, new.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(new_mask, scores, MASKED)
-    if cache is not None:
-      old = jnp.einsum(
-          'btkgh,bksh->bkgts', q, cache.k, preferred_element_type=jnp.float32)
-      scores = jnp.concatenate(
-          [jnp.where(cache_mask, old, MASKED), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    if cache is None:
-      y = jnp.einsum('bkgtu,bkuh->btkgh', weights, new.v)
-    else:
-      size = cache.k.shape[2]
-      y = jnp.einsum('bkgts,bksh->btkgh', weights[..., :size], cache.v)
-      y += jnp.einsum('bkgtu,bkuh->btkgh', weights[..., size:], new.v)
-    y = y.reshape(*y.shape[:2], c.heads, c.head_dim)
+    y = attention.attend(
+        q, k, v, cache=cache, cache_length=cache_length, segments=segments,
+        window=window, kind=c.attention, mesh=self.mesh)
     kernel = self.param(
         'o', _logical(init, 'heads', 'head_dim', 'embed'),
         (c.heads, c.head_dim, c.embed))
-    return jnp.einsum('btnh,nhd->btd', y, kernel.astype(x.dtype)), new
+    y = jnp.einsum('btnh,nhd->btd', y, kernel.astype(x.dtype))
+    if c.output_bias:
+      y += bias('o', (c.embed,), 'embed')
+    return y, Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, K, T, H]
 
 
 class Mlp(nn.Module):
@@ -226,25 +279,32 @@ class Layer(nn.Module):
   """Pre-norm attention and MLP with residuals; the body of the layer scan."""
 
   config: Config
+  mesh: jax.sharding.Mesh | None
 
   @nn.compact
-  def __call__(self, x, cache, rotary, new_mask, cache_mask):
+  def __call__(self, x, cache, window, *context):
     """As `Attention`, with residuals."""
-    eps = self.config.rms_norm_eps
+    c = self.config
+    if window is None and c.windows:
+      window = c.windows[0]
     with jax.named_scope('attention'):
-      y, new = Attention(self.config, name='attention')(
-          RMSNorm(eps, name='attention_norm')(x), cache, rotary, new_mask,
-          cache_mask)
+      y, new = Attention(c, self.mesh, name='attention')(
+          RMSNorm(c.rms_norm_eps, name='attention_norm')(x), cache, window,
+          *context)
     x += y
     with jax.named_scope('mlp'):
-      x += Mlp(self.config, name='mlp')(RMSNorm(eps, name='mlp_norm')(x))
+      x += Mlp(c, name='mlp')(RMSNorm(c.rms_norm_eps, name='mlp_norm')(x))
     return x, new
 
 
 class Qwen(nn.Module):
-  """The decoder. Parameters are float32; computation is in `config.dtype`."""
+  """The decoder. Parameters are float32; computation is in `config.dtype`.
+
+  The mesh is needed by attention kernels on several devices only.
+  """
 
   config: Config
+  mesh: jax.sharding.Mesh | None = None
 
   def setup(self):
     """Declares embedding, layers, final norm and, untied, the output matrix."""
@@ -258,11 +318,11 @@ class Qwen(nn.Module):
         layer,
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=c.layers,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c)
+    )(c, self.mesh)
     self.final_norm = RMSNorm(c.rms_norm_eps)
     if not c.tie_embeddings:
       self.lm_head = self.param(
@@ -276,30 +336,33 @@ class Qwen(nn.Module):
       positions: jax.Array,
       cache: Cache | None = None,
       cache_length: jax.Array | None = None,
+      segments: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     """Hidden states after the final norm, and the new keys and values.
 
-    Rows are left-aligned: padding follows the tokens, so the causal mask alone
-    keeps it from being seen.
+    Without `segments` rows are left-aligned: padding follows the tokens, so
+    the causal mask alone keeps it from being seen.
 
     Args:
       tokens: [B, T] int32.
-      positions: [B, T] int32, absolute.
+      positions: [B, T] int32, absolute; they start anew with every segment.
       cache: earlier keys and values [L, B, K, S, H], or None.
       cache_length: [B] int32, entries of the cache that each row may see.
+      segments: [B, T] int32, which of several sequences packed into the row a
+        token belongs to, 0 = padding; not together with a cache.
 
     Returns:
       hidden [B, T, D] of `config.dtype`, and a `Cache` of the T new entries.
     """
-    length = tokens.shape[1]
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
-    rotary = _rotary(positions, self.config.head_dim, self.config.rope_theta)
-    new_mask = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
-    cache_mask = None
-    if cache is not None:
-      visible = jnp.arange(cache.k.shape[3])[None] < cache_length[:, None]
-      cache_mask = visible[:, None, None, None]
-    x, new = self.layers(x, cache, rotary, new_mask, cache_mask)
+    c = self.config
+    x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+    # Windows that differ go through the scan; one that all layers share stays
+    # a constant, which the kernels need.
+    windows = None
+    if len(set(c.windows)) > 1:
+      windows = jnp.asarray(c.windows, jnp.int32)
+    x, new = self.layers(
+        x, cache, windows, _rotary(positions, c), cache_length, segments)
     return self.final_norm(x), new
 
 
@@ -307,13 +370,14 @@ class Critic(nn.Module):
   """The same trunk with a scalar head that starts at zero."""
 
   config: Config
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
-  def __call__(self, tokens, positions):
+  def __call__(self, tokens, positions, segments=None):
     """Values [B, T] float32 read off each position's hidden state."""
     hidden, _ = Qwen(
-        dataclasses.replace(self.config, tie_embeddings=True), name='trunk')(
-            tokens, positions)
+        dataclasses.replace(self.config, tie_embeddings=True), self.mesh,
+        name='trunk')(tokens, positions, segments=segments)
     kernel = self.param(
         'head', _logical(nn.initializers.zeros, 'embed'), (self.config.embed,))
     return jnp.einsum(

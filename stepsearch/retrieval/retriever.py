@@ -147,7 +147,7 @@ def build(
 
   Args:
     documents: the corpus.
-    embedder: 'lexical', or an encoder.
+    embedder: 'lexical', or an encoder (`encoders.load`).
     dimensions: of the lexical embedder.
     index: backend, as of `index.build`.
     directory: loaded from if an index is there, else saved to.
@@ -167,7 +167,8 @@ def build(
   elif isinstance(embedder, str):
     raise ValueError(
         f"The embedder '{embedder}' is unknown: use 'lexical', or pass an"
-        ' object with embed_queries and embed_passages.'
+        ' object with embed_queries and embed_passages, as'
+        ' retrieval.encoders.load makes of a folder.'
     )
   if directory is not None and indexing.exists(directory) and not replace:
     return load(

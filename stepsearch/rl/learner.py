@@ -16,6 +16,7 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from stepsearch import sharding
@@ -23,6 +24,7 @@ from stepsearch import types
 from stepsearch.models import qwen
 from stepsearch.rl import advantages
 from stepsearch.rl import losses
+from stepsearch.rl import packing
 from stepsearch.rl import policy
 
 Params = Any
@@ -39,7 +41,8 @@ class Config:
 
   epochs: int = 1
   minibatch_size: int = 64  # episodes per optimizer step
-  microbatch_size: int = 32  # episodes per forward and backward pass
+  microbatch_size: int = 32  # rows per forward and backward pass
+  packing: bool = False  # short episodes share a row
   gamma: float = 1.0  # per sampled token
   gae_lambda: float = 1.0
   clip_eps: float = 0.2
@@ -116,8 +119,8 @@ class Learner:
     self.config = config
     self.mesh = mesh
     self._model = model
-    self._actor = qwen.Qwen(model)
-    self._critic = qwen.Critic(model)
+    self._actor = qwen.Qwen(model, mesh)
+    self._critic = qwen.Critic(model, mesh)
     self._tx = policy.optimizer(
         config.optimizer, config.beta1, config.beta2, config.weight_decay,
         config.max_grad_norm)
@@ -146,6 +149,9 @@ class Learner:
     self._update = jax.jit(
         self._ppo, donate_argnums=(0,),
         out_shardings=(self.shardings, everywhere))
+    self._lengths = jax.jit(
+        lambda mask: jnp.sum(mask, axis=-1).astype(jnp.int32),
+        out_shardings=everywhere)
 
   def init(self, key: jax.Array) -> TrainState:
     """Step 0 of a random actor; the critic shares its trunk, head zero."""
@@ -172,9 +178,15 @@ class Learner:
       trajectory: [B, T] arrays as sampled.
       rewards: [B, T] float32, turn and global rewards at their tokens.
     """
+    plan = None
+    if self.config.packing:
+      size, width = trajectory.tokens.shape
+      plan = packing.plan(
+          np.asarray(self._lengths(trajectory.token_mask)), range(size), width,
+          self.config.microbatch_size, self._minibatches * self._microbatches)
     return self._make_batch(
         state.actor.params, state.critic.params, reference, trajectory,
-        rewards, self._coefficients)
+        rewards, plan, self._coefficients)
 
   def update(
       self, state: TrainState, batch: types.Batch, key: jax.Array
@@ -186,7 +198,18 @@ class Learner:
       batch: from `make_batch`.
       key: orders the minibatches.
     """
-    return self._update(state, batch, key, self._coefficients)
+    plans = None
+    if self.config.packing:
+      size, width = batch.tokens.shape
+      lengths = np.asarray(self._lengths(batch.token_mask))
+      plans = jax.tree.map(lambda *x: np.stack(x), *(
+          jax.tree.map(lambda *x: np.stack(x), *(
+              packing.plan(
+                  lengths, order[i::self._minibatches], width,
+                  self.config.microbatch_size, self._microbatches)
+              for i in range(self._minibatches)))
+          for order in np.asarray(self._orders(key, size))))
+    return self._update(state, batch, key, plans, self._coefficients)
 
   # -- states ----------------------------------------------------------------
 
@@ -209,26 +232,46 @@ class Learner:
 
   # -- targets ---------------------------------------------------------------
 
-  def _values(self, params, tokens):
-    values = self._critic.apply(
-        {'params': params}, tokens, policy.positions(tokens))
+  def _values(self, params, tokens, places=None):
+    at, segments = places or (policy.positions(tokens), None)
+    values = self._critic.apply({'params': params}, tokens, at, segments)
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
-  def _logprobs(self, params, tokens, temperature):
+  def _logprobs(self, params, tokens, temperature, places=None):
     return policy.next_token_logprobs(
-        self._actor, params, tokens, temperature, self.config.logprob_chunk)
+        self._actor, params, tokens, temperature, self.config.logprob_chunk,
+        places)
 
-  def _targets(self, actor, critic, reference, trajectory, rewards, c):
+  def _packed(self, tree, source):
+    """[B, T] arrays -> [N, R, T] as `source` packs them, and their places."""
+    rows = jax.sharding.NamedSharding(
+        self.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH))
+    put = lambda x: jax.lax.with_sharding_constraint(x, rows)
+    return (
+        jax.tree.map(lambda x: put(packing.gather(x, source)), tree),
+        jax.tree.map(put, packing.places(source)))
+
+  def _targets(
+      self, actor, critic, reference, trajectory, rewards, plan, c):
     mask = trajectory.loss_mask
 
-    def forward(tokens):
-      logprobs, _ = self._logprobs(actor, tokens, c['temperature'])
-      ref_logprobs, _ = self._logprobs(reference, tokens, c['temperature'])
-      return logprobs, ref_logprobs, self._values(critic, tokens)
+    def forward(piece):
+      tokens, places = piece
+      logprobs, _ = self._logprobs(actor, tokens, c['temperature'], places)
+      ref_logprobs, _ = self._logprobs(
+          reference, tokens, c['temperature'], places)
+      return logprobs, ref_logprobs, self._values(critic, tokens, places)
 
-    pieces = self._minibatches * self._microbatches
-    logprobs, ref_logprobs, values = _join(
-        jax.lax.map(forward, _split(trajectory.tokens, pieces)))
+    if plan is None:
+      pieces = self._minibatches * self._microbatches
+      found = _join(jax.lax.map(
+          forward, (_split(trajectory.tokens, pieces), None)))
+    else:
+      source, passes = plan
+      found = jax.tree.map(
+          lambda x: packing.scatter(x, source, mask.shape),
+          _map(forward, self._packed(trajectory.tokens, source), passes))
+    logprobs, ref_logprobs, values = found
     logprobs, ref_logprobs, values = (
         x * mask for x in (logprobs, ref_logprobs, values))
     drift = losses.kl(logprobs, ref_logprobs, self.config.kl_kind)
@@ -258,8 +301,10 @@ class Learner:
 
   # -- update ----------------------------------------------------------------
 
-  def _actor_loss(self, params, batch, weights, c):
-    logprobs, entropy = self._logprobs(params, batch.tokens, c['temperature'])
+  def _actor_loss(self, params, piece, c):
+    (batch, weights), places = piece
+    logprobs, entropy = self._logprobs(
+        params, batch.tokens, c['temperature'], places)
     loss, clipped = losses.policy_loss(
         logprobs, batch.logprobs, batch.advantages, c['clip_eps'])
     total = lambda x: jnp.sum(
@@ -272,39 +317,48 @@ class Learner:
         'ppo/approx_kl': total(losses.kl(batch.logprobs, logprobs, 'k3')),
     }
 
-  def _critic_loss(self, params, batch, weights, c):
-    values = self._values(params, batch.tokens)
+  def _critic_loss(self, params, piece, c):
+    (batch, weights), places = piece
+    values = self._values(params, batch.tokens, places)
     loss, clipped = losses.value_loss(
         values, batch.values, batch.returns, c['value_clip'])
-    objective = jnp.sum(loss * weights)
+    total = lambda x: jnp.sum(
+        jnp.where(batch.loss_mask > 0, x, 0.0) * weights)
+    objective = total(loss)
     return objective, {
         'critic/loss': objective,
-        'critic/clip_fraction': jnp.sum(clipped * weights),
+        'critic/clip_fraction': total(clipped),
     }
 
-  def _accumulate(self, loss, params, batch, weights, c):
-    """Gradient and metrics summed over microbatches."""
-    grad = jax.grad(loss, has_aux=True)
+  def _orders(self, key, size):
+    """The order [epochs, B] in which episodes are dealt to minibatches."""
+    return jnp.stack([
+        jax.random.permutation(key, size)
+        for key in jax.random.split(key, self.config.epochs)])
 
-    def one(total, piece):
-      return jax.tree.map(jnp.add, total, grad(params, *piece, c)), None
-
-    pieces = _split((batch, weights), self._microbatches)
-    shapes = jax.eval_shape(
-        grad, params, *jax.tree.map(lambda x: x[0], pieces), c)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(one, zeros, pieces)[0]
-
-  def _ppo(self, state, batch, key, c):
-    def minibatch(carry, batch):
+  def _ppo(self, state, batch, key, plans, c):
+    def minibatch(carry, x):
       actor, critic, count = carry
-      weights = losses.weights(batch.loss_mask, self.config.average)
+      if plans is None:
+        weights = losses.weights(x.loss_mask, self.config.average)
+        pieces, passes = (
+            (_split((x, weights), self._microbatches), None),
+            self._microbatches)
+      else:
+        source, passes = x
+        here = packing.scatter(
+            jnp.ones(source.shape), source, batch.tokens.shape)
+        weights = losses.weights(
+            batch.loss_mask * here, self.config.average)
+        pieces = self._packed((batch, weights), source)
       metrics = {}
       new = []
       for name, model, loss in (
           ('actor', actor, self._actor_loss),
           ('critic', critic, self._critic_loss)):
-        grads, aux = self._accumulate(loss, model.params, batch, weights, c)
+        grad = jax.grad(loss, has_aux=True)
+        grads, aux = _sum(
+            lambda piece: grad(model.params, piece, c), pieces, passes)  # noqa: B023
         rate = c[f'{name}_lr'] * jnp.minimum(
             (count + 1) / c[f'{name}_ramp'], 1.0)
         new.append(policy.apply_gradients(self._tx, model, grads, rate))
@@ -314,18 +368,58 @@ class Learner:
             f'{prefix}/learning_rate': rate}
       return (*new, count + 1), metrics
 
-    def epoch(carry, key):
-      order = jax.random.permutation(key, batch.tokens.shape[0])
-      shuffled = jax.tree.map(lambda x: x[order], batch)
-      return jax.lax.scan(
-          minibatch, carry, _split(shuffled, self._minibatches))
+    def epoch(carry, x):
+      if plans is None:
+        shuffled = jax.tree.map(lambda y: y[x], batch)
+        x = _split(shuffled, self._minibatches)
+      return jax.lax.scan(minibatch, carry, x)
 
     carry = (state.actor, state.critic,
              (state.step * self._updates_per_step).astype(jnp.float32))
     (actor, critic, _), metrics = jax.lax.scan(
-        epoch, carry, jax.random.split(key, self.config.epochs))
+        epoch, carry, self._orders(key, batch.tokens.shape[0])
+        if plans is None else plans)
     metrics = jax.tree.map(jnp.mean, metrics)
+    tokens = jnp.sum(batch.token_mask)
+    slots = batch.tokens.size
+    if plans is not None:
+      rows = self.config.microbatch_size * jnp.sum(plans[1])
+      slots = rows * batch.tokens.shape[1] / self.config.epochs
+    metrics['ppo/row_fill'] = tokens / slots
     return TrainState(state.step + 1, actor, critic), metrics
+
+
+def _piece(pieces, i):
+  return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), pieces)
+
+
+def _map(function, pieces, passes):
+  """As lax.map over the first `passes` of the pieces [N, ...], then zeros.
+
+  `passes` may be traced: one program serves every packing.
+  """
+  count = jax.tree.leaves(pieces)[0].shape[0]
+  outputs = jax.tree.map(
+      lambda x: jnp.zeros((count, *x.shape), x.dtype),
+      jax.eval_shape(function, _piece(pieces, 0)))
+
+  def one(i, outputs):
+    return jax.tree.map(
+        lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0),
+        outputs, function(_piece(pieces, i)))
+
+  return jax.lax.fori_loop(0, passes, one, outputs)
+
+
+def _sum(function, pieces, passes):
+  """Sum of function(piece) over the first `passes` of the pieces [N, ...]."""
+  zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(function, _piece(pieces, 0)))
+  return jax.lax.fori_loop(
+      0, passes, lambda i, total: jax.tree.map(
+          jnp.add, total, function(_piece(pieces, i))), zeros)
 
 
 def _check(config, mesh, batch_size):

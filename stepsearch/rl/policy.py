@@ -82,20 +82,24 @@ def layout(
 def next_token_logprobs(
     model: qwen.Qwen, params: Params, tokens: jax.Array,
     temperature: jax.Array | float, chunk: int,
+    places: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """log pi(token t | tokens before t) and the entropy of that prediction.
 
   Args:
     model: the decoder.
     params: its parameters.
-    tokens: [B, T] int32, left-aligned.
+    tokens: [B, T] int32, left-aligned, or packed.
     temperature: the logits are divided by it.
     chunk: positions of a row whose logits exist at a time.
+    places: positions and segment ids [B, T] of packed rows; the entry of a
+      segment's first token is meaningless.
 
   Returns:
     logprobs and entropy, [B, T] float32, aligned with `tokens`; entry 0 is 0.
   """
-  hidden, _ = model.apply({'params': params}, tokens, positions(tokens))
+  at, segments = places or (positions(tokens), None)
+  hidden, _ = model.apply({'params': params}, tokens, at, segments=segments)
   logprobs, entropy = losses.token_logprobs(
       hidden[:, :-1], qwen.unembedding(params), tokens[:, 1:], temperature,
       chunk)

@@ -31,7 +31,7 @@ Search = Callable[[Sequence[str], int], list[list[types.Document]]]
 class Config:
   """Budgets in tokens, turns and sampling; the leaves of `config.rollout`."""
 
-  chat: bool = True  # use the tokenizer's chat template, if it has one
+  chat: str = 'auto'  # auto | on | off: as of `Tokenizer.prompt`
   max_turns: int = 5  # searches; one more turn is left for the answer
   k: int = 3  # documents a search
   prompt_length: int = 2048
@@ -75,7 +75,8 @@ class Collector:
         size=(_bucket(config.max_length, config.length_multiple)
               + config.observation_length),
         turns=config.max_turns + 1,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tokenizer.eos_ids,
+        mesh=mesh,
         top_k=config.top_k,
         top_p=config.top_p)
     table = protocol_lib.stop_table(
@@ -117,7 +118,8 @@ class Collector:
     config = self.config
     prompts = [self.prompt(example.question) for example in examples]
     width = self._width(prompts, config.prompt_length)
-    tokens, length = _pad(prompts, width)
+    pad = self._tokenizer.pad_id
+    tokens, length = _pad(prompts, width, pad)
     keys = _fold(
         key, np.arange(first_episode, first_episode + len(examples)))
     place = lambda *arrays: sharding.shard_batch(arrays, self._mesh)
@@ -136,14 +138,14 @@ class Collector:
         break
       width = self._width(observations, config.observation_length)
       state = self._sampler.append(
-          params, state, *place(*_pad(observations, width)))
+          params, state, *place(*_pad(observations, width, pad)))
 
     transcripts = [
         types.Transcript(self._tokenizer.decode(prompt), tuple(episode.turns))
         for prompt, episode in zip(prompts, episodes)]
     width = min(
         _bucket(int(length.max()), config.length_multiple), self._sampler.size)
-    return _trajectory(state, width), transcripts
+    return _trajectory(state, width, pad), transcripts
 
   def _width(self, rows, budget) -> int:
     """What rows are padded to: few widths, since each is compiled."""
@@ -225,17 +227,17 @@ def _bucket(length: int, multiple: int) -> int:
   return -(-length // multiple) * multiple
 
 
-def _pad(rows, width):
-  tokens = np.zeros((len(rows), width), np.int32)
+def _pad(rows, width, pad):
+  tokens = np.full((len(rows), width), pad, np.int32)
   for row, ids in zip(tokens, rows):
     row[:len(ids)] = ids
   return tokens, np.asarray([len(ids) for ids in rows], np.int32)
 
 
-def _trajectory(state, width) -> types.Trajectory:
+def _trajectory(state, width, pad) -> types.Trajectory:
   inside = jnp.arange(width)[None] < state.length[:, None]
   return types.Trajectory(
-      tokens=jnp.where(inside, state.tokens[:, :width], 0),
+      tokens=jnp.where(inside, state.tokens[:, :width], pad),
       token_mask=inside.astype(jnp.float32),
       loss_mask=state.loss_mask[:, :width],
       logprobs=state.logprobs[:, :width],

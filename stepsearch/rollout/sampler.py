@@ -51,7 +51,8 @@ class Sampler:
   model: qwen.Config
   size: int
   turns: int  # R
-  eos_id: int
+  eos_ids: tuple[int, ...]  # any of them ends an episode
+  mesh: jax.sharding.Mesh | None = None
   top_k: int = 0  # 0 = off
   top_p: float = 1.0  # 1 = off
 
@@ -103,7 +104,7 @@ class Sampler:
 def _model(sampler, params, tokens, start, cache=None):
   steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
   positions = start[:, None] + steps[None]
-  return qwen.Qwen(sampler.model).apply(
+  return qwen.Qwen(sampler.model, sampler.mesh).apply(
       {'params': params}, tokens, positions, cache,
       None if cache is None else start)
 
@@ -155,6 +156,7 @@ def _decode(sampler, params, state, table, keys, turn, budget, temperature,
   limit = jnp.minimum(state.length + budget, sampler.size - 1)
   automaton = jnp.zeros_like(state.length)
   matrix = qwen.unembedding(params)
+  ends = jnp.asarray(sampler.eos_ids, jnp.int32)
 
   def running(carry):
     state, _ = carry
@@ -184,7 +186,7 @@ def _decode(sampler, params, state, table, keys, turn, budget, temperature,
     stop = jnp.where(
         (after == SEARCH) | (after == ANSWER), after,
         jnp.where(
-            token == sampler.eos_id, EOS,
+            jnp.any(token[:, None] == ends[None], axis=-1), EOS,
             jnp.where(length >= limit, BUDGET, RUNNING)))
     stop = jnp.where(active, stop, state.stop)
     put = lambda x, y: x.at[rows, state.length].set(

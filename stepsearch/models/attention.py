@@ -1,0 +1,253 @@
+"""Causal grouped-query attention: one function, computed in three ways.
+
+    y_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u   over the u that t may see
+
+`attend` is that sum. 'plain' leaves it to XLA and can do everything; 'splash'
+(Pallas, TPU) and 'cudnn' (GPU) never hold the T x T scores in memory, and serve
+what has no cache: the update and the first prefill. `resolve` picks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
+
+from stepsearch import sharding
+
+MASKED = -1e30  # finite, so that a row without a visible key has no NaN
+BLOCK = 512  # at most so many queries by keys in one step of the splash kernel
+LANES = 128  # of a TPU's registers; blocks are multiples of it
+
+
+def resolve(
+    kind: str,
+    platform: str,
+    *,
+    head_dim: int,
+    dtype: Any,
+    windows: tuple[int, ...],
+) -> str:
+  """Chooses how attention is computed on the devices of a mesh.
+
+  Args:
+    kind: `config.model.attention`: auto, plain, splash or cudnn.
+    platform: of the mesh's devices (`device.platform`), not the default one.
+    head_dim: H.
+    dtype: of the computation.
+    windows: the layers' sliding windows, 0 for a layer that sees everything;
+      () when all do.
+
+  Returns:
+    plain, splash or cudnn: what `attend` takes.
+
+  Raises:
+    ValueError: there is no such kind, or it cannot compute this model here.
+  """
+  kinds = ('auto', 'plain', 'splash', 'cudnn')
+  if kind not in kinds:
+    raise ValueError(
+        f'config.model.attention = {kind!r}: must be one of {kinds}.')
+  best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
+  wanted = best.get(platform, 'plain') if kind == 'auto' else kind
+  if wanted == 'plain':
+    return wanted
+  dtype = jnp.dtype(dtype).name
+  home, dtypes = {
+      'splash': ('tpu', ('bfloat16', 'float32')),
+      'cudnn': ('gpu', ('bfloat16', 'float16')),
+  }[wanted]
+  obstacle = None
+  if best.get(platform) != wanted:
+    obstacle = f'it runs on {home} and the devices of the mesh are {platform}'
+  elif dtype not in dtypes:
+    obstacle = (
+        f'it computes in {" or ".join(dtypes)} and config.model.dtype is '
+        f'{dtype}')
+  elif wanted == 'cudnn' and (head_dim % 8 or head_dim > 128):
+    obstacle = (
+        'it takes heads of up to 128 dimensions, a multiple of 8, and this '
+        f'model has config.model.head_dim = {head_dim}')
+  elif len(set(windows)) > 1:
+    obstacle = (
+        'its window is fixed when it is compiled, once for all layers, and '
+        f'the layers of this model have the windows {sorted(set(windows))}')
+  if obstacle is None:
+    return wanted
+  if kind == 'auto':
+    return 'plain'
+  raise ValueError(
+      f'config.model.attention = {kind!r} cannot be used: {obstacle}. Use '
+      "'plain', or 'auto' for the fastest kind that works.")
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    cache: Any = None,
+    cache_length: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    kind: str = 'plain',
+    mesh: Mesh | None = None,
+) -> jax.Array:
+  """Attention of T new tokens over the cache and over themselves.
+
+  A cached slot s is position s; the new token t of row b is at position
+  cache_length[b] + t. A token sees itself and what precedes it: the first
+  cache_length[b] slots, the new tokens up to itself, of both only what is less
+  than `window` positions back, and of its own segment.
+
+  With a cache every kind is computed plainly: joining the kernel's result with
+  the cache's would need its log-sum-exp. On CPU devices 'splash' is interpreted
+  and 'cudnn' left to XLA, both slowly: for tests, `resolve` refuses them there.
+
+  Args:
+    q: [B, T, N, H], rotated, not scaled.
+    k: [B, T, K, H], rotated; K divides N.
+    v: [B, T, K, H].
+    cache: one layer's earlier keys and values, `.k` and `.v` [B, K, S, H].
+    cache_length: [B] int32, entries of the cache that each row may see.
+    segments: [B, T] int32, which of the row's packed sequences a token belongs
+      to, 0 for padding; without it a row is one sequence followed by padding,
+      which the causal mask hides. Not together with a cache.
+    window: as the field's `sliding_window` (transformers' masking_utils: the
+      token itself counts); None, 0 and less: no limit. Traced only for 'plain'.
+    kind: plain, splash or cudnn, see `resolve`.
+    mesh: where the arrays live. Needed by the kernels on more than one device:
+      rows are split over `data` and `fsdp`, heads over `tensor`.
+
+  Returns:
+    [B, T, N, H] of q's dtype; scores and softmax are float32.
+
+  Raises:
+    ValueError: both a cache and segments.
+  """
+  if cache is not None and segments is not None:
+    raise ValueError('packed segments have no cache: pass one of the two.')
+  if not isinstance(window, jax.Array) and (window or 0) <= 0:
+    window = None
+  if cache is not None or kind == 'plain':
+    return _plain(q, k, v, cache, cache_length, segments, window)
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  kernel = functools.partial(
+      {'splash': _splash, 'cudnn': _cudnn}[kind], window=window,
+      emulate=device.platform == 'cpu')
+  if mesh is not None and mesh.size > 1:
+    shards = mesh.shape['data'] * mesh.shape['fsdp']
+    # A batch that does not split, as in `init`, is computed on every device.
+    batch = None if q.shape[0] % shards else sharding.BATCH
+    spec = PartitionSpec(batch, None, sharding.RULES['heads'])
+    kernel = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(batch)),
+        out_specs=spec, check_vma=False)
+  return kernel(q, k, v, segments)
+
+
+def _plain(q, k, v, cache, cache_length, segments, window):
+  batch, length, heads, dim = q.shape
+  kv_heads = k.shape[2]
+  q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as in the cache
+  t = jnp.arange(length)
+
+  def scores(keys, visible):  # [B, K, U, H], [B or 1, T or 1, U]
+    x = _dot('btkgh,bkuh->bkgtu', q, keys)
+    return jnp.where(visible[:, None, None], x * dim**-0.5, MASKED)
+
+  def near(distance):
+    return (distance < window) | (jnp.asarray(window) <= 0)
+
+  back = (t[:, None] - t[None])[None]
+  visible = back >= 0
+  if window is not None:
+    visible &= near(back)
+  if segments is not None:
+    visible &= segments[:, :, None] == segments[:, None]
+  new = scores(k, visible)
+  if cache is None:
+    weights = jax.nn.softmax(new, axis=-1).astype(q.dtype)
+    y = jnp.einsum('bkgtu,bkuh->btkgh', weights, v)
+    return y.reshape(batch, length, heads, dim)
+
+  size = cache.k.shape[2]
+  slot = jnp.arange(size)[None, None]
+  cache_length = cache_length[:, None, None]
+  visible = slot < cache_length
+  if window is not None:
+    visible &= near(cache_length + t[None, :, None] - slot)
+  weights = jax.nn.softmax(
+      jnp.concatenate([scores(cache.k, visible), new], axis=-1),
+      axis=-1).astype(q.dtype)
+  y = sum(
+      _dot('bkgtu,bkuh->btkgh', part, values)
+      for part, values in (
+          (weights[..., :size], cache.v), (weights[..., size:], v)))
+  return y.astype(q.dtype).reshape(batch, length, heads, dim)
+
+
+def _dot(equation, x, y):
+  """einsum that accumulates and returns float32."""
+  direct = functools.partial(
+      jnp.einsum, equation, preferred_element_type=jnp.float32)
+  if x.dtype == jnp.float32:
+    return direct(x, y)
+  # XLA's CPU backend has no such product of bfloat16 for every shape.
+  return jax.lax.platform_dependent(
+      x, y, default=direct,
+      cpu=lambda x, y: direct(x.astype(jnp.float32), y.astype(jnp.float32)))
+
+
+def _splash(q, k, v, segments, *, window, emulate):
+  # Here, since only a TPU needs what this imports.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  length, heads, dim = q.shape[1:]
+  blocks = -(-length // BLOCK)
+  block = -(-length // (blocks * LANES)) * LANES
+  size = blocks * block
+
+  # In float32: a bfloat16 1 / sqrt(H) would be another temperature.
+  q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
+  # [B, N or K, size, H]
+  q, k, v = (_pad(x, size).swapaxes(1, 2) for x in (q, k, v))
+  if segments is not None:
+    segments = _pad(segments, size)
+    segments = splash.SegmentIds(segments, segments)
+  if window is None:
+    mask = splash.CausalMask((size, size))
+  else:
+    mask = splash.LocalMask((size, size), (window - 1, 0), 0)
+  kernel = splash.make_splash_mha(
+      splash.MultiHeadMask([mask] * heads),
+      block_sizes=splash.BlockSizes(
+          block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
+          block_q_dq=block, block_kv_dq=block),
+      head_shards=1, q_seq_shards=1, interpret=emulate)
+  y = jax.vmap(kernel)(q, k, v, segments)
+  return y.swapaxes(1, 2)[:, :length]
+
+
+def _cudnn(q, k, v, segments, *, window, emulate):
+  length = q.shape[1]
+  size = length + length % 2  # jax 0.10 refuses to differentiate odd lengths
+  mask = None
+  if segments is not None:
+    segments = _pad(segments, size)
+    mask = (segments[:, :, None] == segments[:, None])[:, None]
+  y = jax.nn.dot_product_attention(
+      *(_pad(x, size) for x in (q, k, v)), mask=mask, is_causal=True,
+      local_window_size=None if window is None else (window - 1, 0),
+      implementation='xla' if emulate else 'cudnn')
+  return y[:, :length]
+
+
+def _pad(x, size):
+  """x [B, T, ...] followed by zeros, which nothing before them can see."""
+  return jnp.pad(x, [(0, 0), (0, size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
