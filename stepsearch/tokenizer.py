@@ -138,12 +138,8 @@ class Tokenizer:
   @functools.cached_property
   def _prefix(self) -> list[int]:
     """What the tokenizer puts before every text."""
-    whole = self._backend.encode('a').ids
-    text = self.encode('a')
-    for start in range(len(whole) - len(text) + 1):
-      if whole[start:start + len(text)] == text:
-        return whole[:start]
-    return []
+    encoded = self._backend.encode('a')
+    return encoded.ids[:encoded.special_tokens_mask.index(0)]
 
   def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
     try:

@@ -204,6 +204,9 @@ def test_targets_are_those_of_a_plain_implementation(
       metrics['ppo/sampler_mismatch'],
       np.abs(batch.logprobs - trajectory.logprobs).max(), rtol=1e-5)
   np.testing.assert_allclose(
+      metrics['ppo/sampler_mismatch_mean'],
+      np.abs(batch.logprobs - trajectory.logprobs)[mask > 0].mean(), rtol=1e-5)
+  np.testing.assert_allclose(
       metrics['ppo/reference_kl'], drift[mask > 0].mean(), rtol=1e-4)
   returns = batch.returns[mask > 0]
   residual = returns - batch.values[mask > 0]
@@ -224,6 +227,7 @@ def test_recorded_logprobs_that_agree_have_no_mismatch(
   same = trajectory.replace(logprobs=jnp.asarray(made[0].logprobs))
   _, metrics = learner.make_batch(state, other, same, rewards)
   assert metrics['ppo/sampler_mismatch'] == 0
+  assert metrics['ppo/sampler_mismatch_mean'] == 0
 
 
 # ── update ───────────────────────────────────────────────────────────────────

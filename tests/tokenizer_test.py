@@ -258,3 +258,39 @@ def test_qwen_is_lossless_on_real_passages(qwen):
     joined = b''.join(qwen.byte_strings[i] for i in ids)
     assert joined == unicodedata.normalize('NFC', text).encode()
     assert qwen.decode(ids) == joined.decode()
+
+
+def test_base_models_are_asked_plainly(qwen_folder, tmp_path):
+  pytest.importorskip('jinja2', reason='chat templates need jinja2')
+  import shutil
+
+  # A base Qwen: the same chat template, but texts end with <|endoftext|>.
+  shutil.copytree(qwen_folder, tmp_path / 'base')
+  path = tmp_path / 'base/tokenizer_config.json'
+  settings = json.loads(path.read_text())
+  path.write_text(json.dumps(settings | {'eos_token': '<|endoftext|>'}))
+  tuned, base = (
+      tokenizer_lib.load(folder) for folder in (qwen_folder, tmp_path / 'base'))
+  assert (tuned.chats, base.chats) == (True, False)
+  ask = lambda tokenizer, **chat: tokenizer.decode(
+      tokenizer.prompt('Who?', 'Q: {question}', **chat))
+  assert ask(base) == ask(tuned, chat='off') == 'Q: Who?'
+  assert ask(tuned) == ask(base, chat='on') and 'im_start' in ask(tuned)
+
+
+def test_what_a_tokenizer_puts_first_opens_a_plain_prompt():
+  from tokenizers import processors
+
+  words = tokenizer_lib.from_words(['a', 'b'], protocol.TAGS)
+  backend = words._fast.backend_tokenizer
+  backend.post_processor = processors.TemplateProcessing(
+      single='<unk> $A <eos>', special_tokens=[('<unk>', 2), ('<eos>', 1)])
+  ids = words.prompt('b', ' a {question}', chat='off')
+  assert ids == [2, *words.encode(' a b')] and 1 not in ids
+  with pytest.raises(ValueError, match='has no chat template'):
+    words.prompt('b', ' a {question}', chat='on')
+
+
+def test_the_model_names_more_ends_and_the_padding(qwen_folder):
+  found = tokenizer_lib.load(qwen_folder, (151643, 151645), 7)
+  assert (found.eos_ids, found.pad_id) == ((151645, 151643), 151643)

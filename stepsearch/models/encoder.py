@@ -95,7 +95,6 @@ class Attention(nn.Module):
         'btnh,bsnh->bnts', q * size**-0.5, k,
         preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
-    # Heads first: XLA's CPU backend saves up to 5 % of the whole model by it.
     y = jnp.einsum('bnts,bsnh->bnth', weights.astype(x.dtype), v)
     kernel = self.param(
         'o', _logical(init, 'heads', 'head_dim', 'embed'),

@@ -37,7 +37,7 @@ class _Entry:
   """Where a tensor lies."""
 
   file: epath.Path
-  dtype: np.dtype
+  kind: str  # of numbers, as safetensors spells it
   shape: tuple[int, ...]
   start: int
   size: int
@@ -95,6 +95,10 @@ class Folder:
     """The file that holds a tensor."""
     return self._entries[name].file
 
+  def kind(self, name: str) -> str:
+    """The type of a tensor's numbers, as safetensors spells it: F32, I64."""
+    return self._entries[name].kind
+
   def read(self, name: str) -> np.ndarray:
     """One tensor, in the type in which it is stored."""
     entry = self._entries[name]
@@ -108,7 +112,7 @@ class Folder:
           raise ValueError(
               f'{entry.file} ended while {name} was read: fetch it again.')
         view = view[count:]
-    return raw.view(entry.dtype).reshape(entry.shape)
+    return raw.view(_DTYPES[entry.kind]).reshape(entry.shape)
 
   @functools.cached_property
   def _entries(self) -> dict[str, _Entry]:
@@ -166,17 +170,14 @@ def _header(file: epath.Path) -> Iterator[tuple[str, _Entry]]:
         f'{file} has {length:,} bytes where its header announces {end:,}: it '
         'is cut short or damaged, fetch it again.')
   for name, row in header.items():
-    if row['dtype'] not in _DTYPES:
-      raise ValueError(
-          f'{file}: {name} is of type {row["dtype"]}; {", ".join(_DTYPES)} are '
-          'read. Quantised weights have to be converted first.')
-    dtype, shape = _DTYPES[row['dtype']], tuple(row['shape'])
+    kind, shape = row['dtype'], tuple(row['shape'])
     start, stop = row['data_offsets']
-    if stop - start != math.prod(shape) * dtype.itemsize:
+    if kind in _DTYPES and stop - start != (
+        math.prod(shape) * _DTYPES[kind].itemsize):
       raise ValueError(
           f'{file}: {name} {list(shape)} has {stop - start:,} bytes: the file '
           'is damaged, fetch it again.')
-    yield name, _Entry(file, dtype, shape, data + start, stop - start)
+    yield name, _Entry(file, kind, shape, data + start, stop - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +325,11 @@ def check_tensors(
       problems.append(
           f'{folder.file(name).name}: {name} is {list(found)}, and '
           f'config.json makes it {list(shape)}')
+    elif folder.kind(name) not in _DTYPES:
+      problems.append(
+          f'{folder.file(name).name}: {name} is of type {folder.kind(name)}; '
+          f'{", ".join(_DTYPES)} are read, and quantised weights have to be '
+          'converted first')
   for name in folder.tensors:
     if name not in expected and not any(
         re.search(pattern, name) for pattern in ignore):

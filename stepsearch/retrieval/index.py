@@ -277,8 +277,9 @@ def load(
           f'The index in {directory} was built for another {name}: it has'
           f' {name} "{found}", but this run has "{expected}". Rebuild it with'
           ' `python -m stepsearch.build_index --corpus=CORPUS'
-          f' --output={directory}` and the same settings (--dimensions as'
-          ' config.retriever.dimensions), or point to another folder.'
+          f' --output={directory}` and the same settings (--embedder,'
+          ' --dimensions, --query_prefix and --passage_prefix as'
+          ' config.retriever has them), or point to another folder.'
       )
   has_assets = (directory / _ASSETS).exists()
   if backend == 'scann' and not has_assets:

@@ -169,8 +169,8 @@ class Learner:
 
     pi_old is recomputed by the function that `update` differentiates, so the
     ratio is 1 on the first minibatch whatever sampled the tokens; the recorded
-    log-probs are compared with it: `ppo/sampler_mismatch`, the largest absolute
-    difference over the batch, in nats.
+    log-probs are compared with it: `ppo/sampler_mismatch` and `…_mean`, the
+    largest and the mean absolute difference over the batch, in nats.
 
     Args:
       state: actor and critic that define pi_old and the values.
@@ -285,12 +285,13 @@ class Learner:
         advantages=advantages.whiten(raw, mask, c['whiten_floor']),
         returns=returns)
     mean = lambda x: advantages.masked_mean(x, mask)
+    mismatch = jnp.abs(logprobs - trajectory.logprobs) * mask
     residual = returns - values
     variance = lambda x: mean((x - mean(x))**2)
     metrics = {
         'ppo/reference_kl': mean(drift),
-        'ppo/sampler_mismatch': jnp.max(
-            jnp.abs(logprobs - trajectory.logprobs) * mask),
+        'ppo/sampler_mismatch': jnp.max(mismatch),
+        'ppo/sampler_mismatch_mean': mean(mismatch),
         'ppo/advantage_deviation': jnp.sqrt(variance(raw)),
         'critic/value': mean(values),
         'critic/return': mean(returns),
