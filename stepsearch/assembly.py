@@ -17,6 +17,7 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import ml_collections
 import numpy as np
@@ -305,13 +306,15 @@ def _check_rows(config, mesh, training):
 
 
 def _pretrained(config, workdir) -> folder_lib.Folder | None:
-  """The model that a run starts from; a run that has begun has its own card."""
-  if not config.model.pretrained:
+  """The model that a run starts from, checked but for its values."""
+  path = config.model.pretrained
+  if not path:
     return None
+  # A run that has begun needs no more than the card that it has kept.
   card = pathlib.Path(workdir) / 'model'
-  if card.exists():
+  if not epath.Path(path).exists() and card.exists():
     return folder_lib.Folder(card)
-  folder = folder_lib.Folder(config.model.pretrained)
+  folder = folder_lib.Folder(path)
   hf.check(folder)
   return folder
 

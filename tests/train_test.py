@@ -229,6 +229,12 @@ def test_a_pretrained_folder_is_trained_and_comes_back(
   first, *rows = metrics.read(run / 'metrics.jsonl')
   # Step 0 is the model as it came, and the reference.
   assert rows[0]['ppo/reference_kl'] == 0
+  # A run that has begun does not need the folder again.
+  (run / 'eval.json').unlink()
+  gone = exported.rename(exported.with_name('gone'))
+  again = train.train(config, str(run))
+  gone.rename(exported)
+  assert again['questions'] == 10
   export.export(str(run / 'checkpoints'), str(tmp_path / 'same'), step=0)
   names = sorted(path.name for path in exported.iterdir())
   assert names == sorted(path.name for path in (tmp_path / 'same').iterdir())
