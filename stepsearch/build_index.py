@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from stepsearch import config as config_lib
 from stepsearch.data import datasets
 from stepsearch.retrieval import embed
 from stepsearch.retrieval import index as indexing
@@ -127,7 +128,6 @@ def _recall(built: retrieval.Retriever) -> float:
 
 
 if __name__ == '__main__':
-  from absl import app
   from absl import flags
 
   _CORPUS = flags.DEFINE_string(
@@ -165,10 +165,8 @@ if __name__ == '__main__':
       'reorder', 300, 'Candidates scored again with the vectors themselves.'
   )
 
-  def main(_):
-    """Runs with the flags' values."""
-    try:
-      run(
+  config_lib.main(
+      lambda: run(
           _CORPUS.value,
           _OUTPUT.value,
           embedder=_EMBEDDER.value,
@@ -180,8 +178,6 @@ if __name__ == '__main__':
           tree_above=_TREE_ABOVE.value,
           leaves_to_search=_LEAVES.value,
           reorder=_REORDER.value,
-      )
-    except ValueError as error:
-      raise SystemExit(f'error: {error}') from error
-
-  app.run(main)
+      ),
+      takes_config=False,
+  )
