@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +202,55 @@ def test_a_folder_of_transformers_comes_back_byte_for_byte(dtype, tmp_path):
         tmp_path / 'again' / name), name
 
 
+def untyped(folder, tmp_path, kind):
+  """A copy in one file whose config.json names no type of the weights."""
+  from safetensors import numpy as safetensors
+
+  copy = edit(folder, tmp_path, remove=['torch_dtype'])
+  source = folder_lib.Folder(folder)
+  for path in copy.glob('model*'):
+    path.unlink()
+  safetensors.save_file(
+      {name: source.read(name).astype(
+          'float32' if name.endswith('norm.weight') else kind)
+       for name in source.tensors}, copy / 'model.safetensors')
+  return copy
+
+
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16'])
+def test_without_a_named_type_most_tensors_decide(folder, tmp_path, kind):
+  copy = untyped(folder, tmp_path, kind)
+  config, params = hf.load(copy)
+  hf.save(tmp_path / 'again', config, params, source=copy)
+  again, source = (
+      folder_lib.Folder(path) for path in (tmp_path / 'again', copy))
+  assert again.config == source.config | {'torch_dtype': kind}
+  for name in source.tensors:
+    assert again.kind(name) == {'float32': 'F32', 'bfloat16': 'BF16'}[kind]
+    np.testing.assert_array_equal(
+        again.read(name), source.read(name).astype(kind))
+  # What a run keeps of the folder names the type too: `export` sees no more.
+  (tmp_path / 'card').mkdir()
+  hf.write_card(tmp_path / 'card', config, source=copy)
+  assert folder_lib.Folder(tmp_path / 'card').dtype() == kind
+
+
+def test_a_card_keeps_the_type_that_is_named(folder, tmp_path):
+  config = hf.read_config(folder_lib.Folder(folder))
+  hf.write_card(tmp_path, config, source=folder)
+  assert (tmp_path / 'config.json').read_bytes() == (
+      folder / 'config.json').read_bytes()
+  assert folder_lib.Folder(tmp_path).dtype() == 'bfloat16'
+
+
+def test_a_type_that_is_not_written_is_named(folder, tmp_path):
+  copy = edit(folder, tmp_path, torch_dtype='float8_e4m3fn')
+  config, params = hf.load(copy)
+  match = r"config\.json: torch_dtype = 'float8_e4m3fn'.*--dtype"
+  with pytest.raises(ValueError, match=match):
+    hf.save(tmp_path / 'again', config, params, source=copy)
+
+
 def test_transformers_reads_what_was_saved(folder, tmp_path):
   torch = pytest.importorskip(
       'torch', reason='torch (tests/requirements-parity.txt) is not installed')
@@ -300,7 +350,9 @@ def test_loading_holds_no_second_copy(tmp_path):
   assert 0 < over < 1.3 * found['shard'], found
 
 
-def test_a_bucket_is_written_and_read(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def bucket(monkeypatch):
+  """gs://hf-test, emulated."""
   emulator = pytest.importorskip(
       'gcp_storage_emulator.server',
       reason='gcp-storage-emulator (tests/requirements.txt) is not installed')
@@ -314,18 +366,49 @@ def test_a_bucket_is_written_and_read(folder, tmp_path, monkeypatch):
     monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{port}')
     monkeypatch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     monkeypatch.setenv('FSSPEC_GS_TOKEN', 'anon')
-    config, params = hf.load(folder)
-    hf.save('gs://hf-test/runs/model', config, params, source=folder,
-            max_shard_bytes=10_000)
-    again, found = hf.load('gs://hf-test/runs/model')
-    assert again == config
-    jax.tree.map(np.testing.assert_array_equal, params, found)
-    with pytest.raises(ValueError, match='not empty'):
-      hf.save('gs://hf-test/runs/model', config, params, source=folder)
-    with pytest.raises(ValueError, match='no such folder'):
-      hf.load('gs://hf-test/runs/nothing')
+    yield 'gs://hf-test'
   finally:
     server.stop()
+
+
+def test_a_bucket_is_written_and_read(folder, bucket, monkeypatch):
+  config, params = hf.load(folder)
+  path = f'{bucket}/runs/model'
+  save = lambda path: hf.save(
+      path, config, params, source=folder, max_shard_bytes=10_000)
+  save(path)
+  again, found = hf.load(path)
+  assert again == config
+  jax.tree.map(np.testing.assert_array_equal, params, found)
+  with pytest.raises(ValueError, match='not empty'):
+    save(path)
+  with pytest.raises(ValueError, match='no such folder'):
+    hf.load(f'{bucket}/runs/nothing')
+
+  # And when it fails in the middle, nothing is left of it, but of the others.
+  from gcsfs import retry
+  real = epath.Path(__file__).copy.__func__
+  for error, raised, match in (
+      (retry.HttpError({'code': 403, 'message': 'no'}), ValueError,
+       'other cannot be written .*no.*Nothing of it was left behind'),
+      (KeyboardInterrupt(), KeyboardInterrupt, None)):
+    copied = []
+
+    def dies(self, *args, error=error, copied=copied, **kwargs):
+      if len(copied) == 3:
+        raise error
+      copied.append(real(self, *args, **kwargs))
+      return copied[-1]
+
+    with monkeypatch.context() as patch:
+      patch.setattr(type(epath.Path(__file__)), 'copy', dies)
+      with pytest.raises(raised, match=match):
+        hf.save(f'{bucket}/runs/other', config, params, Words(),
+                max_shard_bytes=10_000)
+    assert len(copied) == 3 and copied[0].parent.name == 'other'
+    assert not any(copy.exists() for copy in copied)
+    assert [path.name for path in epath.Path(f'{bucket}/runs').iterdir()] == [
+        'model']
 
 
 def test_old_names_and_tied_copies_are_accepted(folder, tmp_path):
@@ -349,10 +432,20 @@ def test_old_names_and_tied_copies_are_accepted(folder, tmp_path):
   safetensors.save_file(bare, copy / 'model.safetensors')
   jax.tree.map(np.testing.assert_array_equal, params, hf.load(copy)[1])
 
-  tensors['lm_head.weight'] = tensors['lm_head.weight'] + 1
-  safetensors.save_file(tensors, copy / 'model.safetensors')
-  with pytest.raises(ValueError, match='lm_head.weight differs'):
-    hf.load(copy)
+  head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
+  nan = tensors[embedding].copy()
+  nan[-1, -1] = np.nan
+  missing = {name: x for name, x in tensors.items() if name != embedding}
+  for changed, match in (
+      (tensors | {head: tensors[head] + 1}, f'{head} differs'),
+      (tensors | {head: tensors[head].astype('float32')}, f'{head} differs'),
+      (tensors | {head: tensors[head].astype('int8')}, f'{head} differs'),
+      (tensors | {embedding: nan, head: nan},
+       f'{embedding} holds values that are not finite'),
+      (missing, f'the tensor {embedding} .62, 32. is missing')):
+    safetensors.save_file(changed, copy / 'model.safetensors')
+    with pytest.raises(ValueError, match=match):
+      hf.load(copy)
 
 
 # -- what is refused -----------------------------------------------------------
@@ -379,12 +472,84 @@ def test_old_names_and_tied_copies_are_accepted(folder, tmp_path):
      'max_window_layers is missing'),
     (dict(layer_types=['chunked_attention'] * 3), 'layer_types'),
     (dict(num_key_value_heads=3), 'kv_heads = 3'),
+    (dict(rope_scaling={'type': 'linear', 'factor': 2},
+          rope_parameters={'rope_type': 'default', 'rope_theta': 1e4}),
+     'rope_scaling = .*linear.* and rope_parameters = .*default.* contradict'),
+    (dict(rope_scaling={'type': 'linear', 'factor': 2},
+          rope_parameters={'rope_type': 'linear', 'rope_theta': 5e4,
+                           'factor': 2}), 'contradict'),
+    (dict(layer_types=['sliding_attention'] * 3, sliding_window=4),
+     'use_sliding_window = None'),
+    (dict(layer_types=['sliding_attention'] * 3, sliding_window=4,
+          use_sliding_window=False), 'use_sliding_window = False'),
+    (dict(model_type='llama', architectures=['LlamaForCausalLM'],
+          layer_types=['sliding_attention'] * 3, use_sliding_window=True,
+          sliding_window=4), 'a Llama has no sliding windows'),
+    # Of another type than it has to be.
+    (dict(rope_scaling='yarn'), "rope_scaling = 'yarn' must be an object"),
+    (dict(rope_scaling={'type': 'linear', 'factor': '2'}),
+     "rope_scaling.factor = '2' must be a number"),
+    (dict(rope_scaling={'type': [], 'factor': 2}), 'rope_type = .. is not'),
+    (dict(rope_theta='1e4'), "rope_theta = '1e4' must be a number"),
+    (dict(rms_norm_eps='1e-6'), "rms_norm_eps = '1e-6' must be a number"),
+    (dict(hidden_size='32'), "hidden_size = '32' must be a whole number"),
+    (dict(num_hidden_layers=3.0), 'num_hidden_layers = 3.0 must be a whole'),
+    (dict(num_attention_heads=True), 'num_attention_heads = True must be'),
+    (dict(num_attention_heads=0, head_dim=None), 'num_attention_heads = 0'),
+    (dict(vocab_size=-1), 'vocab_size = -1 must be a whole number'),
+    (dict(tie_word_embeddings='no'), "= 'no' must be true or false"),
+    (dict(layer_types='full_attention'), 'must be a list'),
+    (dict(layer_types=[[]] * 3), 'layer_types'),
+    (dict(model_type=['qwen2']), 'model_type = .*is not implemented'),
+    (dict(architectures='Qwen2Model'), 'architectures = .*must be a list'),
 ])
 def test_what_is_not_implemented_is_named(folder, tmp_path, fields, match):
   copy = edit(folder, tmp_path, **fields)
   with pytest.raises(ValueError, match=match) as error:
     hf.load(copy)
-  assert 'config.json' in str(error.value)
+  assert str(error.value).count('config.json:') == 1
+
+
+def test_two_ways_to_say_the_same_are_accepted(folder, tmp_path):
+  rope = {'factor': 2.0, 'original_max_position_embeddings': None}
+  copy = edit(
+      folder, tmp_path, rope_scaling={'type': 'linear'} | rope,
+      rope_parameters={'rope_type': 'linear', 'rope_theta': 10_000} | rope)
+  config = hf.read_config(folder_lib.Folder(copy))
+  assert config.rope_scaling == qwen.RopeScaling('linear', 2.0)
+
+
+def test_windows_without_a_width_are_refused_by_transformers_too():
+  torch = pytest.importorskip(
+      'torch', reason='torch (tests/requirements-parity.txt) is not installed')
+  import transformers
+
+  config = transformers.Qwen2Config(**BASE | dict(
+      layer_types=['sliding_attention'] * 3, sliding_window=4))
+  model = transformers.Qwen2ForCausalLM(config)
+  with pytest.raises(ValueError, match='sliding_window'):
+    model(torch.zeros((1, 8), dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.parametrize(('fields', 'expected'), [
+    (dict(pad_token_id=-1), ((2, 1), None)),
+    (dict(eos_token_id=5, pad_token_id=3), ((2, 1, 5), 3)),
+    (dict(pad_token_id=62), 'pad_token_id = 62 is no token of .*size = 62'),
+    (dict(eos_token_id=[2, 70]), 'eos_token_id = 70 is no token'),
+    (dict(eos_token_id=-1), 'eos_token_id = -1 is no token'),
+    (dict(eos_token_id='</s>'), "eos_token_id = '</s>' is no token"),
+])
+def test_special_ids_are_rows_of_the_embedding(
+    folder, tmp_path, fields, expected):
+  copy = edit(folder, tmp_path, **fields)
+  # generation_config.json comes first, and says eos only.
+  (copy / 'generation_config.json').write_text('{"eos_token_id": [2, 1]}')
+  if isinstance(expected, tuple):
+    assert hf.special_ids(folder_lib.Folder(copy)) == expected
+    return
+  with pytest.raises(ValueError, match=expected) as error:
+    hf.special_ids(folder_lib.Folder(copy))
+  assert str(copy / 'config.json') in str(error.value)
 
 
 @pytest.mark.parametrize('field', [
@@ -397,10 +562,14 @@ def test_a_missing_field_is_named(folder, tmp_path, field):
     hf.load(copy)
 
 
-def test_fields_that_switch_nothing_on_are_accepted(folder, tmp_path):
+@pytest.mark.parametrize('windows', [
+    dict(sliding_window=4096, max_window_layers=3),
+    # transformers takes no width for no limit.
+    dict(sliding_window=None, max_window_layers=0, use_sliding_window=True)])
+def test_fields_that_switch_nothing_on_are_accepted(folder, tmp_path, windows):
   copy = edit(
       folder, tmp_path, use_mrope=False, some_new_field=None, use_cache=True,
-      sliding_window=4096, max_window_layers=3)
+      **windows)
   found, expected = (
       hf.read_config(folder_lib.Folder(path)) for path in (copy, folder))
   assert found == expected
@@ -456,6 +625,32 @@ def test_damage_is_named(folder, tmp_path, how):
       hf.check(folder_lib.Folder(copy))
 
 
+@pytest.mark.parametrize('header', [
+    [], 3, {'a': []}, {'a': {'dtype': 'F32', 'shape': [1]}},
+    {'a': {'dtype': 'F32', 'shape': 1, 'data_offsets': [0, 4]}},
+    {'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0]}},
+    {'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': ['x', 4]}},
+    {'a': {'shape': [1], 'data_offsets': [0, 4]}}], ids=str)
+def test_damaged_headers_are_named(folder, tmp_path, header):
+  copy = edit(folder, tmp_path)
+  for path in copy.glob('model*'):
+    path.unlink()
+  text = json.dumps(header).encode()
+  (copy / 'model.safetensors').write_bytes(
+      len(text).to_bytes(8, 'little') + text + bytes(4))
+  with pytest.raises(
+      ValueError, match=r'model\.safetensors is cut short or no safetensors'):
+    hf.load(copy)
+
+
+@pytest.mark.parametrize('placed', [[], {'a': 3}, {'a': ['b']}], ids=str)
+def test_damaged_indices_are_named(folder, tmp_path, placed):
+  copy = edit(folder, tmp_path)
+  (copy / folder_lib.INDEX).write_text(json.dumps({'weight_map': placed}))
+  with pytest.raises(ValueError, match='index.json has no weight_map'):
+    hf.load(copy)
+
+
 def test_what_is_no_model_is_named(tmp_path):
   with pytest.raises(ValueError, match='no such folder'):
     hf.load(tmp_path / 'nowhere')
@@ -491,12 +686,28 @@ def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
     hf.save(target, config, params, source=folder)
   assert [path.name for path in target.iterdir()] == ['mine']
 
-  def full(*_, **__):
-    raise OSError(28, 'No space left on device')
+  import safetensors
+  from safetensors import numpy as safetensors_numpy
 
-  from safetensors import numpy as safetensors
-  monkeypatch.setattr(safetensors, 'save_file', full)
   config, params = hf.load(folder)
-  with pytest.raises(ValueError, match='other cannot be written .No space'):
-    hf.save(tmp_path / 'other', config, params, source=folder)
-  assert not list(tmp_path.glob('*other*'))
+  for error, raised in (
+      (OSError(28, 'No space left on device'), ValueError),
+      (safetensors.SafetensorError('I/O error: No space left'), ValueError),
+      (KeyboardInterrupt('No space'), KeyboardInterrupt)):
+    def full(*_, error=error, **__):
+      raise error
+
+    monkeypatch.setattr(safetensors_numpy, 'save_file', full)
+    with pytest.raises(raised, match='No space'):
+      hf.save(tmp_path / 'other', config, params, source=folder)
+    assert not list(tmp_path.glob('*other*'))
+
+
+def test_values_too_large_for_a_type_are_not_blamed_on_the_run(
+    folder, tmp_path):
+  config, params = hf.load(folder)
+  params['layers']['mlp']['up'] = params['layers']['mlp']['up'].at[1].set(1e5)
+  with pytest.raises(
+      ValueError, match=r'1\.mlp\.up.* too large for --dtype=float16: use bf'):
+    hf.save(tmp_path / 'out', config, params, source=folder, dtype='float16')
+  hf.save(tmp_path / 'out', config, params, source=folder, dtype='bfloat16')

@@ -27,6 +27,8 @@ os.environ.setdefault('EPATH_USE_TF', 'false')
 
 CONFIG = 'config.json'
 INDEX = 'model.safetensors.index.json'
+WRITTEN = ('float32', 'bfloat16', 'float16')
+_BLOCK = 2**24  # bytes
 _DTYPES = {
     'F64': np.dtype(np.float64), 'F32': np.dtype(np.float32),
     'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
@@ -114,16 +116,56 @@ class Folder:
         view = view[count:]
     return raw.view(_DTYPES[entry.kind]).reshape(entry.shape)
 
+  def same(self, first: str, second: str) -> bool:
+    """Whether two tensors are stored alike, bit for bit."""
+    one, two = self._entries[first], self._entries[second]
+    if (one.kind, one.shape, one.size) != (two.kind, two.shape, two.size):
+      return False
+    with one.file.open('rb') as a, two.file.open('rb') as b:
+      a.seek(one.start)
+      b.seek(two.start)
+      for start in range(0, one.size, _BLOCK):
+        size = min(_BLOCK, one.size - start)
+        if a.read(size) != b.read(size):
+          return False
+    return True
+
+  def dtype(self) -> str:
+    """The type of the weights: what config.json names, or most are stored in.
+
+    Raises:
+      ValueError: config.json names a type that weights are not written in.
+    """
+    for field in ('dtype', 'torch_dtype'):
+      named = self.config.get(field)
+      if named is None:
+        continue
+      if named not in WRITTEN:
+        raise ValueError(
+            f'{self.path / CONFIG}: {field} = {named!r} is no type that '
+            f'weights are written in; choose one of {", ".join(WRITTEN)} by '
+            '--dtype.')
+      return named
+    sizes = dict.fromkeys(WRITTEN, 0)
+    for entry in self._entries.values():
+      name = _DTYPES[entry.kind].name if entry.kind in _DTYPES else None
+      if name in sizes:
+        sizes[name] += entry.size
+    return max(sizes, key=sizes.get)
+
   @functools.cached_property
   def _entries(self) -> dict[str, _Entry]:
     index = self.json(INDEX)
     if index is None:
       files = sorted(self.path.glob('*.safetensors'))
     else:
-      if not isinstance(index.get('weight_map'), dict):
+      placed = index.get('weight_map')
+      if not isinstance(placed, dict) or not all(
+          isinstance(file, str) for file in placed.values()):
         raise ValueError(
-            f'{self.path / INDEX} has no weight_map: fetch it again.')
-      files = [self.path / f for f in sorted(set(index['weight_map'].values()))]
+            f'{self.path / INDEX} has no weight_map of tensors to files: fetch '
+            'it again.')
+      files = [self.path / file for file in sorted(set(placed.values()))]
     if not files:
       raise ValueError(
           f'{self.path} holds no *.safetensors. Only safetensors are read, '
@@ -159,21 +201,24 @@ def _header(file: epath.Path) -> Iterator[tuple[str, _Entry]]:
       raise ValueError(broken)
     try:
       header = json.loads(opened.read(size))
-    except ValueError as error:
+      header.pop('__metadata__', None)
+      rows = []
+      for name, row in header.items():
+        start, stop = map(int, row['data_offsets'])
+        shape = tuple(map(int, row['shape']))
+        rows.append((name, str(row['dtype']), shape, start, stop))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise ValueError(broken) from error
-  header.pop('__metadata__', None)
   data = 8 + size
-  end = data + max(
-      (row['data_offsets'][1] for row in header.values()), default=0)
+  end = data + max((stop for *_, stop in rows), default=0)
   if end != length:
     raise ValueError(
         f'{file} has {length:,} bytes where its header announces {end:,}: it '
         'is cut short or damaged, fetch it again.')
-  for name, row in header.items():
-    kind, shape = row['dtype'], tuple(row['shape'])
-    start, stop = row['data_offsets']
-    if kind in _DTYPES and stop - start != (
-        math.prod(shape) * _DTYPES[kind].itemsize):
+  for name, kind, shape, start, stop in rows:
+    if not 0 <= start <= stop or (
+        kind in _DTYPES
+        and stop - start != math.prod(shape) * _DTYPES[kind].itemsize):
       raise ValueError(
           f'{file}: {name} {list(shape)} has {stop - start:,} bytes: the file '
           'is damaged, fetch it again.')

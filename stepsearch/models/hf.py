@@ -88,7 +88,7 @@ def load(
   folder = path
   if not isinstance(folder, folder_lib.Folder):
     folder = folder_lib.Folder(path)
-  config, table, ignore = _described(folder)
+  config, table, ignore = _checked(folder)
   shardings = None
   if mesh is not None:
     shardings = sharding_lib.shardings(qwen.axes(config)[0], mesh)
@@ -101,16 +101,14 @@ def check(folder: folder_lib.Folder) -> qwen.Config:
 
   Only values that are not finite are found by `load` alone.
   """
-  config, table, ignore = _described(folder)
-  folder_lib.check_tensors(folder, table, _shapes(config), ignore)
-  return config
+  return _checked(folder)[0]
 
 
 def _shapes(config):
   return jax.eval_shape(lambda: qwen.init(config, jax.random.key(0)))
 
 
-def _described(folder):
+def _checked(folder):
   """Config, table, and names that may be there besides."""
   config = read_config(folder)
   bare = ('embed_tokens.weight' in folder.tensors
@@ -121,11 +119,13 @@ def _described(folder):
   head, embedding = 'lm_head.weight', table['embedding',].name
   if config.tie_embeddings and head in folder.tensors:
     ignore.append(r'^lm_head\.weight$')
-    if not np.array_equal(folder.read(head), folder.read(embedding)):
-      raise ValueError(
-          f'{folder.file(head)}: {head} differs from {embedding}, but '
-          'config.json ties them: set tie_word_embeddings to false in it, or '
-          'remove the tensor.')
+  folder_lib.check_tensors(folder, table, _shapes(config), ignore)
+  if config.tie_embeddings and head in folder.tensors and not folder.same(
+      head, embedding):
+    raise ValueError(
+        f'{folder.file(head)}: {head} differs from {embedding}, but '
+        'config.json ties them: set tie_word_embeddings to false in it, or '
+        'remove the tensor.')
   return config, table, ignore
 
 
@@ -148,6 +148,9 @@ _INERT = frozenset((
 _FIXED = {
     'hidden_act': 'silu', 'attention_dropout': 0, 'mlp_bias': False,
     'pretraining_tp': 1, 'partial_rotary_factor': 1}
+_KINDS = {
+    bool: 'true or false', int: 'a whole number, not negative',
+    float: 'a number, not negative', list: 'a list', dict: 'an object'}
 _ROPE_FIELDS = {
     'default': set(),
     'linear': {'factor'},
@@ -158,34 +161,59 @@ _ROPE_FIELDS = {
 }
 
 
+class _Fields:
+  """config.json, each field read with its type; errors name it."""
+
+  def __init__(self, folder):
+    self.raw, self.file = folder.config, folder.path / folder_lib.CONFIG
+
+  def refuse(self, field, value, why):
+    """Raises the error about a field."""
+    raise ValueError(f'{self.file}: {field} = {value!r} {why}')
+
+  def typed(self, field, value, kind):
+    """The value, if it is of that kind."""
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind in (int, float):
+      fits = fits and not isinstance(value, bool) and value >= 0
+    if not fits:
+      self.refuse(field, value, f'must be {_KINDS[kind]}: take the config.json '
+                  'that the weights came with.')
+    return value
+
+  def need(self, field, kind=int):
+    """The value of a field that must be there."""
+    if self.raw.get(field) is None:
+      raise ValueError(f'{self.file}: the field {field} is missing: take the '
+                       'config.json that the weights came with.')
+    return self.typed(field, self.raw[field], kind)
+
+  def option(self, field, kind, default=None):
+    """The value of a field that may be absent or null."""
+    return default if self.raw.get(field) is None else self.need(field, kind)
+
+
 def read_config(folder: folder_lib.Folder) -> qwen.Config:
   """What config.json says, whole.
 
   Raises:
     ValueError: an architecture or a field that is not implemented, or a field
-      that is needed and missing; names file, field and value.
+      that is needed and missing or of another type; names file, field and
+      value.
   """
-  raw, file = folder.config, folder.path / folder_lib.CONFIG
-  kind = raw.get('model_type')
+  fields = _Fields(folder)
+  raw, file = fields.raw, fields.file
+  refuse, need, option = fields.refuse, fields.need, fields.option
   classes = {'qwen2': 'Qwen2', 'qwen3': 'Qwen3', 'llama': 'Llama'}
-  if kind not in classes:
-    raise ValueError(
-        f'{file}: model_type = {kind!r} is not implemented; '
-        f'{", ".join(classes)} are (dense decoders).')
-  for name in raw.get('architectures') or ():
+  kind = raw.get('model_type')
+  if kind not in [*classes]:
+    refuse('model_type', kind, f'is not implemented; {", ".join(classes)} are '
+           '(dense decoders).')
+  for name in option('architectures', list, []):
     if name not in (f'{classes[kind]}ForCausalLM', f'{classes[kind]}Model'):
       raise ValueError(
           f'{file}: architectures = {name} is not implemented; '
           f'{classes[kind]}ForCausalLM is.')
-
-  def refuse(field, value, why):
-    raise ValueError(f'{file}: {field} = {value!r} {why}')
-
-  def need(field):
-    if raw.get(field) is None:
-      raise ValueError(f'{file}: the field {field} is missing: take the '
-                       'config.json that the weights came with.')
-    return raw[field]
 
   for field, value in raw.items():
     if field in _FIXED:
@@ -197,69 +225,92 @@ def read_config(folder: folder_lib.Folder) -> qwen.Config:
 
   heads, embed = need('num_attention_heads'), need('hidden_size')
   layers = need('num_hidden_layers')
-  head_dim = raw.get('head_dim')
+  head_dim = option('head_dim', int)
   if head_dim is None:
     if kind == 'qwen3':
       need('head_dim')  # transformers' default, 128, is seldom embed / heads
-    if embed % heads:
+    if not heads or embed % heads:
       refuse('hidden_size', embed, f'is no multiple of num_attention_heads = '
              f'{heads}, and head_dim is not given.')
     head_dim = embed // heads
-  bias = kind == 'qwen2' or bool(raw.get('attention_bias', False))
-  theta, scaling = _rope(raw, need, refuse)
+  # Llama's first configs lack it: as many as heads.
+  kv_heads = option('num_key_value_heads', int) or (
+      heads if kind == 'llama' else need('num_key_value_heads'))
+  bias = kind == 'qwen2' or option('attention_bias', bool, False)
+  theta, scaling = _rope(fields)
+  sizes = dict(
+      vocab_size=need('vocab_size'), embed=embed, layers=layers, heads=heads,
+      kv_heads=kv_heads, head_dim=head_dim, mlp=need('intermediate_size'),
+      rope_theta=theta, rms_norm_eps=need('rms_norm_eps', float),
+      tie_embeddings=option('tie_word_embeddings', bool, False),
+      attention_bias=bias, output_bias=bias and kind != 'qwen2',
+      qk_norm=kind == 'qwen3', rope_scaling=scaling,
+      windows=_windows(fields, layers),
+      max_length=need('max_position_embeddings'))
   try:
-    return qwen.Config(
-        vocab_size=need('vocab_size'), embed=embed, layers=layers, heads=heads,
-        # Llama's first configs lack it: as many as heads.
-        kv_heads=raw.get('num_key_value_heads') or (
-            heads if kind == 'llama' else need('num_key_value_heads')),
-        head_dim=head_dim, mlp=need('intermediate_size'), rope_theta=theta,
-        rms_norm_eps=need('rms_norm_eps'),
-        tie_embeddings=bool(raw.get('tie_word_embeddings', False)),
-        attention_bias=bias, output_bias=bias and kind != 'qwen2',
-        qk_norm=kind == 'qwen3', rope_scaling=scaling,
-        windows=_windows(raw, layers, need, refuse),
-        max_length=need('max_position_embeddings'))
-  except (TypeError, ValueError) as error:
+    return qwen.Config(**sizes)
+  except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 
 
-def _windows(raw, layers, need, refuse):
+def _windows(fields, layers):
   """Positions that each layer sees, () where all see all."""
-  kinds = raw.get('layer_types')
+  raw, refuse = fields.raw, fields.refuse
+  need, option = fields.need, fields.option
+  kinds = option('layer_types', list)
+  # As in transformers: without use_sliding_window there is no width.
+  slides = option('use_sliding_window', bool, False) and not (
+      'sliding_window' in raw and raw['sliding_window'] is None)
   if kinds is None:
     # max_window_layers counts the layers below that keep full attention.
-    first = need('max_window_layers') if raw.get('use_sliding_window') else (
-        layers)
+    first = need('max_window_layers') if slides else layers
     kinds = ['full_attention' if i < first else 'sliding_attention'
              for i in range(layers)]
-  unknown = set(kinds) - {'full_attention', 'sliding_attention'}
-  if unknown or len(kinds) != layers:
+  if len(kinds) != layers or any(
+      kind not in ('full_attention', 'sliding_attention') for kind in kinds):
     refuse('layer_types', kinds, f'is not implemented: {layers} times '
            'full_attention or sliding_attention are expected.')
   if 'sliding_attention' not in kinds:
     return ()
-  if not raw.get('use_sliding_window', True):
-    refuse('layer_types', kinds, 'contradicts use_sliding_window = false.')
+  if raw['model_type'] == 'llama':
+    refuse('layer_types', kinds, 'is not implemented: a Llama has no sliding '
+           'windows, and transformers ignores them. Remove layer_types and '
+           'use_sliding_window if the model was trained without.')
+  if not slides:
+    refuse('layer_types', kinds, 'needs a window, and use_sliding_window = '
+           f'{raw.get("use_sliding_window")!r}, sliding_window = '
+           f'{raw.get("sliding_window")!r} give none: set both, or make all '
+           'layers full_attention.')
   width = need('sliding_window')
   return tuple(
       width if kind == 'sliding_attention' else 0 for kind in kinds)
 
 
-def _rope(raw, need, refuse):
+def _rope(fields):
   """theta and `RopeScaling`, from rope_parameters or the older fields."""
-  field = 'rope_parameters'
-  rope = raw.get(field)
-  if not rope:
-    field = 'rope_scaling'
-    rope = raw.get(field) or {}
-  rope = {key: value for key, value in rope.items() if value is not None}
+  # Releases of transformers differ in which of them counts.
+  names = [name for name in ('rope_scaling', 'rope_parameters')
+           if fields.option(name, dict)] or ['rope_scaling']
+  found = [_rope_of(name, fields) for name in names]
+  if found[0] != found[-1]:
+    scaling, parameters = (fields.raw[name] for name in names)
+    fields.refuse(names[0], scaling, f'and {names[1]} = {parameters!r} '
+                  'contradict each other: remove the one that the model was '
+                  'not trained with.')
+  return found[0]
+
+
+def _rope_of(field, fields):
+  raw, refuse, need = fields.raw, fields.refuse, fields.need
+  rope = {key: value for key, value in fields.option(field, dict, {}).items()
+          if value is not None}
   if any(isinstance(value, dict) for value in rope.values()):
     refuse(field, rope, 'is not implemented: one set for all layers is.')
   theta = rope.pop('rope_theta', None) or raw.get('rope_theta')
   if theta is None:
     # Llama's first configs lack it.
-    theta = 1e4 if raw['model_type'] == 'llama' else need('rope_theta')
+    theta = 1e4 if raw['model_type'] == 'llama' else need('rope_theta', float)
+  fields.typed('rope_theta', theta, float)
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   rope.pop('type', None)
   if rope.pop('partial_rotary_factor', 1) != 1:
@@ -268,13 +319,16 @@ def _rope(raw, need, refuse):
     refuse(f'{field}.rope_type', kind, 'is refused: its frequencies depend on '
            'the longest sequence in the batch, so that a cached token and a '
            'row on its own would get other logits. Use yarn.')
-  if kind not in _ROPE_FIELDS:
+  if kind not in [*_ROPE_FIELDS]:
     refuse(f'{field}.rope_type', kind, 'is not implemented; '
            f'{", ".join(_ROPE_FIELDS)} are.')
   unknown = sorted(rope.keys() - _ROPE_FIELDS[kind])
   if unknown:
     refuse(f'{field}.{unknown[0]}', rope[unknown[0]],
            f'is not implemented for rope_type {kind}.')
+  for name, value in rope.items():
+    kind_of = bool if name == 'truncate' else float
+    fields.typed(f'{field}.{name}', value, kind_of)
   if kind == 'default':
     return float(theta), None
   missing = {'factor', 'low_freq_factor', 'high_freq_factor'} & (
@@ -297,13 +351,32 @@ def _rope(raw, need, refuse):
 def special_ids(
     folder: folder_lib.Folder
 ) -> tuple[tuple[int, ...], int | None]:
-  """End-of-sequence ids (all of them) and the padding id that a model names."""
+  """End-of-sequence ids (all of them) and the padding id that a model names.
+
+  Raises:
+    ValueError: an id that is no row of the embedding.
+  """
+  size = read_config(folder).vocab_size
   ends, pad = [], None
-  for raw in (folder.json(_GENERATION) or {}, folder.config):
-    found = raw.get('eos_token_id')
-    ends += found if isinstance(found, list) else [found]
-    pad = raw.get('pad_token_id') if pad is None else pad
-  return tuple(dict.fromkeys(i for i in ends if i is not None)), pad
+  for name in (_GENERATION, folder_lib.CONFIG):
+    raw = folder.json(name) or {}
+    found, padding = raw.get('eos_token_id'), raw.get('pad_token_id')
+    ids = [('eos_token_id', i)
+           for i in (found if isinstance(found, list) else [found])
+           if i is not None]
+    if padding not in (None, -1):  # Llama's first configs write -1 for none
+      ids.append(('pad_token_id', padding))
+    for field, i in ids:
+      if type(i) is not int or not 0 <= i < size:
+        raise ValueError(
+            f'{folder.path / name}: {field} = {i!r} is no token of a model '
+            f'with vocab_size = {size}: take the file that the weights came '
+            'with, or correct it.')
+      if field == 'eos_token_id':
+        ends.append(i)
+      elif pad is None:
+        pad = i
+  return tuple(dict.fromkeys(ends)), pad
 
 
 # -- writing -------------------------------------------------------------------
@@ -316,24 +389,30 @@ def save(
 ) -> None:
   """Writes a Hugging Face folder; it appears whole or not at all.
 
+  Parameters that `load` read and nothing has changed come back byte for byte,
+  if they were stored in `dtype`: a folder of several types gets one. Names are
+  those of a whole model ('model.' in front), and a tied model has no
+  lm_head.weight, whether or not it was stored with one.
+
   Args:
     path: local or gs://; absent or empty.
     config: of the actor.
     params: of the actor, jax arrays.
     tokenizer: as of `write_card`.
     source: as of `write_card`.
-    dtype: of the weights; None: that of source's config.json, or float32.
+    dtype: of the weights, one of `folder.WRITTEN`; None: that of source
+      (`Folder.dtype`), or float32.
     max_shard_bytes: of one safetensors file.
 
   Raises:
-    ValueError: the folder holds files; a parameter is not finite; a config
-      that no Hugging Face architecture has.
+    ValueError: the folder holds files or cannot be written; a parameter is not
+      finite, or too large for `dtype`; a config that no Hugging Face
+      architecture has.
   """
   from safetensors import numpy as safetensors
 
   if dtype is None:
-    raw = folder_lib.Folder(source).config if source is not None else {}
-    dtype = raw.get('dtype') or raw.get('torch_dtype') or 'float32'
+    dtype = 'float32' if source is None else folder_lib.Folder(source).dtype()
   dtype = jnp.dtype(dtype)
   table = tensors(config)
   pieces = [  # in the order of the model: name, leaf, layer, split
@@ -362,13 +441,17 @@ def save(
           f'model-{number:05d}-of-{len(shards):05d}.safetensors')
       arrays = {}
       for name, leaf, layer, split in shard:
-        array, finite = jax.device_get(
+        array, finite, fits = jax.device_get(
             _taker(split, layer is not None, dtype.name, leaf.sharding)(
                 leaf, layer or 0))
         if not finite:
           raise ValueError(
               f'the parameter {name} is not finite (NaN or infinity): the '
               'run diverged before this checkpoint, take an earlier one.')
+        if not fits:
+          raise ValueError(
+              f'the parameter {name} has values too large for --dtype='
+              f'{dtype.name}: use bfloat16 or float32.')
         arrays[name] = np.ascontiguousarray(array)
         weight_map[name] = file
         total += array.nbytes
@@ -383,7 +466,7 @@ def save(
 
 def write_card(
     path: str | os.PathLike[str], config: qwen.Config, tokenizer: Any = None, *,
-    source: str | os.PathLike[str] | None = None, dtype: str = 'float32',
+    source: str | os.PathLike[str] | None = None, dtype: str | None = None,
 ) -> None:
   """Writes all of a Hugging Face folder but the weights.
 
@@ -393,7 +476,8 @@ def write_card(
     tokenizer: a `tokenizer.Tokenizer`; None: source's files.
     source: the folder that the weights came from: config.json and
       generation_config.json are its own, but for the type of the weights.
-    dtype: of the weights.
+    dtype: of the weights; None: what source's config.json names, and where it
+      names none, what they are stored in; float32 without source.
 
   Raises:
     ValueError: a config that no Hugging Face architecture has.
@@ -405,17 +489,20 @@ def write_card(
         'eos_token_id': ends[0] if len(ends) == 1 else list(ends),
         'pad_token_id': pad}
     _write_json(path / folder_lib.CONFIG, _raw_config(config) | special | {
-        'torch_dtype': dtype})
+        'torch_dtype': dtype or 'float32'})
     _write_json(path / _GENERATION, special)
   else:
     source = epath.Path(source)
-    raw = folder_lib.Folder(source).config
-    if dtype in (raw.get('dtype'), raw.get('torch_dtype')):
+    folder = folder_lib.Folder(source)
+    raw = folder.config
+    named = [raw[name] for name in ('dtype', 'torch_dtype') if raw.get(name)]
+    if dtype in named or (named and dtype is None):
       (source / folder_lib.CONFIG).copy(
           path / folder_lib.CONFIG, overwrite=True)
     else:
       name = 'dtype' if 'dtype' in raw else 'torch_dtype'
-      _write_json(path / folder_lib.CONFIG, raw | {name: dtype})
+      _write_json(
+          path / folder_lib.CONFIG, raw | {name: dtype or folder.dtype()})
     if (source / _GENERATION).exists():
       (source / _GENERATION).copy(path / _GENERATION, overwrite=True)
   if tokenizer is not None:
@@ -480,7 +567,7 @@ def _raw_config(config):
 
 @functools.cache
 def _taker(split, stacked, dtype, placed):
-  """(leaf, layer) -> the tensor as it is stored, and whether it is finite."""
+  """(leaf, layer) -> the tensor as stored, is it finite, does dtype hold it."""
 
   def take(leaf, layer):
     if stacked:
@@ -489,8 +576,8 @@ def _taker(split, stacked, dtype, placed):
       leaf = leaf.reshape(math.prod(leaf.shape[:split]), -1).T
     elif stacked:
       leaf = leaf.reshape(-1)
-    leaf = leaf.astype(dtype)
-    return leaf, jnp.all(jnp.isfinite(leaf))
+    stored = leaf.astype(dtype)
+    return stored, jnp.all(jnp.isfinite(leaf)), jnp.all(jnp.isfinite(stored))
 
   if isinstance(placed, jax.sharding.NamedSharding):
     placed = sharding_lib.replicated(placed.mesh)
@@ -513,20 +600,26 @@ def _write_json(path, value):
 @contextlib.contextmanager
 def _new_folder(path: Any) -> Iterator[str]:
   """A temporary local folder that becomes `path` when all went well."""
+  import safetensors
+
   path = epath.Path(path)
   remote = '://' in str(path)
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise ValueError(
-        f'{path} exists and is not empty: choose another folder to write to, '
-        'or remove it.')
-  draft = None
+  failures = (OSError, safetensors.SafetensorError)
+  if remote:
+    failures += _store_errors()
+  draft, copying = None, False
   try:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+      raise ValueError(
+          f'{path} exists and is not empty: choose another folder to write to, '
+          'or remove it.')
     if not remote:
       path.parent.mkdir(parents=True, exist_ok=True)
     draft = tempfile.mkdtemp(
         prefix=f'.{path.name}-', dir=None if remote else path.parent)
     yield draft
     if remote:
+      copying = True
       # config.json last: a folder without it is no model.
       for name in sorted(
           os.listdir(draft), key=lambda name: name == folder_lib.CONFIG):
@@ -536,11 +629,29 @@ def _new_folder(path: Any) -> Iterator[str]:
       if path.exists():
         path.rmdir()
       os.replace(draft, path)
-  except OSError as error:
+  except BaseException as error:  # Ctrl-C too
+    left = 'Nothing of it was left behind.'
+    if copying:
+      try:
+        path.rmtree(missing_ok=True)
+      except failures as another:
+        left = f'What was written of it could not be removed ({another}).'
+    if not isinstance(error, failures):
+      raise
+    why = getattr(error, 'strerror', None) or error
     raise ValueError(
-        f'{path} cannot be written ({error.strerror or error}): free space, '
-        'check the permissions, or choose another folder. Nothing of it was '
-        'left behind.') from error
+        f'{path} cannot be written ({why}): free space, check the permissions, '
+        f'or choose another folder. {left}') from error
   finally:
     if draft is not None:
       shutil.rmtree(draft, ignore_errors=True)
+
+
+def _store_errors():
+  """What gcsfs raises besides OSError; imported where it is needed."""
+  import aiohttp
+  from gcsfs import retry
+  from google.auth import exceptions
+
+  return (retry.HttpError, retry.ChecksumError, exceptions.GoogleAuthError,
+          aiohttp.ClientError)
