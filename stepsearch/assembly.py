@@ -347,7 +347,7 @@ def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
       f'the model was made for {longest} positions (max_position_embeddings '
       'of its config.json): lower it.')
   sizes['attention'] = attention.resolve(
-      sizes['attention'], mesh.devices.flat[0].platform,
+      sizes['attention'], mesh.devices.flat[0],
       head_dim=sizes['head_dim'], dtype=sizes['dtype'],
       windows=sizes.get('windows', ()))
   for axis, names in (

@@ -216,6 +216,9 @@ QWEN = {'head_dim': 128, 'dtype': 'bfloat16', 'windows': ()}
     ('auto', 'gpu', {}, 'cudnn'),
     ('auto', 'cuda', {}, 'cudnn'),
     ('auto', 'rocm', {}, 'plain'),
+    ('auto', 'gpu gfx942', {}, 'plain'),
+    ('auto', 'gpu 7.5', {}, 'plain'),
+    ('auto', 'cuda 12.0', {}, 'cudnn'),
     ('auto', 'gpu', {'dtype': jnp.float16}, 'cudnn'),
     ('auto', 'gpu', {'dtype': 'float32'}, 'plain'),
     ('auto', 'gpu', {'head_dim': 256}, 'plain'),
@@ -231,13 +234,20 @@ QWEN = {'head_dim': 128, 'dtype': 'bfloat16', 'windows': ()}
     ('splash', 'cpu', {}, 'runs on tpu and the devices of the mesh are cpu'),
     ('splash', 'gpu', {}, 'runs on tpu'),
     ('cudnn', 'tpu', {}, 'runs on gpu'),
+    ('cudnn', 'gpu 7.5', {}, 'capability 8.0 or more, .* are the device'),
+    ('cudnn', 'gpu gfx90a', {}, 'NVIDIA devices'),
     ('cudnn', 'gpu', {'dtype': 'float32'}, 'config.model.dtype is float32'),
     ('cudnn', 'gpu', {'head_dim': 136}, 'config.model.head_dim = 136'),
     ('splash', 'tpu', {'windows': (0, 64)}, r'\[0, 64\]'),
     ('flash', 'tpu', {}, "one of .*'plain'"),
 ])
 def test_resolve(kind, platform, model, expected):
-  call = functools.partial(attention.resolve, kind, platform, **QWEN | model)
+  platform, _, capability = platform.partition(' ')
+  device = python_types.SimpleNamespace(
+      platform=platform, device_kind='the device')
+  if platform in ('gpu', 'cuda'):
+    device.compute_capability = capability or '8.0'
+  call = functools.partial(attention.resolve, kind, device, **QWEN | model)
   if expected in ('plain', 'splash', 'cudnn'):
     assert call() == expected
     return

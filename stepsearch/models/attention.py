@@ -3,8 +3,9 @@
     y_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u   over the u that t may see
 
 `attend` is that sum. 'plain' leaves it to XLA and can do everything; 'splash'
-(Pallas, TPU) and 'cudnn' (GPU) never hold the T x T scores in memory, and serve
-what has no cache: the update and the first prefill. `resolve` picks.
+(Pallas, TPU) and 'cudnn' (NVIDIA) never hold the T x T scores of the heads in
+memory, and serve what has no cache: the update and the first prefill. `resolve`
+picks. With segments 'cudnn' takes a boolean mask [B, 1, T, T], which is held.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LANES = 128  # of a TPU's registers; blocks are multiples of it
 
 def resolve(
     kind: str,
-    platform: str,
+    device: Any,
     *,
     head_dim: int,
     dtype: Any,
@@ -36,7 +37,7 @@ def resolve(
 
   Args:
     kind: `config.model.attention`: auto, plain, splash or cudnn.
-    platform: of the mesh's devices (`device.platform`), not the default one.
+    device: one of the mesh's, which need not be the default ones.
     head_dim: H.
     dtype: of the computation.
     windows: the layers' sliding windows, 0 for a layer that sees everything;
@@ -53,6 +54,7 @@ def resolve(
     raise ValueError(
         f'config.model.attention = {kind!r}: must be one of {kinds}.')
   best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
+  platform = device.platform
   wanted = best.get(platform, 'plain') if kind == 'auto' else kind
   if wanted == 'plain':
     return wanted
@@ -64,6 +66,10 @@ def resolve(
   obstacle = None
   if best.get(platform) != wanted:
     obstacle = f'it runs on {home} and the devices of the mesh are {platform}'
+  elif wanted == 'cudnn' and not _nvidia_ampere(device):
+    obstacle = (
+        'it needs NVIDIA devices of compute capability 8.0 or more, and those '
+        f'of the mesh are {getattr(device, "device_kind", platform)}')
   elif dtype not in dtypes:
     obstacle = (
         f'it computes in {" or ".join(dtypes)} and config.model.dtype is '
@@ -83,6 +89,13 @@ def resolve(
   raise ValueError(
       f'config.model.attention = {kind!r} cannot be used: {obstacle}. Use '
       "'plain', or 'auto' for the fastest kind that works.")
+
+
+def _nvidia_ampere(device):
+  """Whether a GPU is one on which cuDNN has fused attention."""
+  # '9.0' by CUDA; ROCm's devices, of the platform gpu too, say 'gfx90a'.
+  major = str(getattr(device, 'compute_capability', '')).partition('.')[0]
+  return major.isdecimal() and int(major) >= 8
 
 
 def attend(
