@@ -168,14 +168,19 @@ def test_a_row_of_padding_has_no_nan(bert, mesh):
   assert np.isfinite(hidden).all()
 
 
-def test_bfloat16_is_close(bert, mesh, texts):
-  whole = encoders.load(bert, mesh=mesh)
-  narrow = encoders.load(bert, mesh=mesh, dtype='bfloat16')
-  leaves = jax.tree.leaves(narrow._params)
-  assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)}
-  assert narrow.fingerprint != whole.fingerprint
-  cosines = np.sum(
-      whole.embed_queries(texts) * narrow.embed_queries(texts), axis=1)
+def test_bfloat16_is_close(bert, mesh):
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(0, 20, (60, 36)).astype(np.int32)
+  lengths = rng.integers(1, 37, 60).astype(np.int32)
+  vectors = {}
+  for dtype in ('float32', 'bfloat16'):
+    config, params = encoder.load(folder_lib.Folder(bert), mesh, dtype)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {dtype}
+    hidden = jax.jit(encoder.Bert(config).apply)(
+        {'params': params}, tokens, lengths)
+    assert hidden.dtype == dtype
+    vectors[dtype] = encoder.pool(hidden, jnp.asarray(lengths), 'mean')
+  cosines = np.sum(vectors['float32'] * vectors['bfloat16'], axis=1)
   assert 0.99 < cosines.min() < 1 - 1e-6
 
 
@@ -405,6 +410,29 @@ def test_pooling_is_the_folders(copy, mesh, texts, settings, expected):
             'lasttoken': hidden[3]}[expected]
   np.testing.assert_allclose(
       vector, wanted / np.linalg.norm(wanted), atol=1e-6)
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('bge-small-en-v1.5', 'cls'), ('e5-base', 'mean'),
+    ('qwen3-embedding-0.6B', 'lasttoken'), ('bge', 'mean')])
+def test_pooling_of_bare_folders_is_the_familys(copy, mesh, name, expected):
+  folder = copy(name)
+  made = encoders.load(folder, mesh=mesh)
+  assert f'pooling={expected} ' in made.fingerprint
+  # What the folder says comes first.
+  _write(folder / '1_Pooling' / 'config.json', {'pooling_mode': 'lasttoken'})
+  made = encoders.load(folder, mesh=mesh)
+  assert 'pooling=lasttoken ' in made.fingerprint
+
+
+def test_a_pooling_that_is_named_must_be_there(copy, mesh):
+  folder = copy('e5-base')
+  _write(folder / 'modules.json', [
+      {'type': _KINDS + kind, 'path': path} for kind, path in (
+          ('Transformer', ''), ('Pooling', '1_Pooling'))])
+  with pytest.raises(
+      ValueError, match='1_Pooling/config.json is missing, but modules.json'):
+    encoders.load(folder, mesh=mesh)
 
 
 @pytest.mark.parametrize('file, value, says', [

@@ -34,15 +34,15 @@ from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
 from stepsearch.models import qwen
 
-# Prefixes that a family was trained with, of folders that do not say so:
-# start of the folder's name in lower case, before queries, before passages.
+# What a family was trained with, of folders that do not say so: start of the
+# folder's name in lower case, before queries, before passages, pooling.
 FAMILIES = (
-    (r'(multilingual-)?e5-(small|base|large)', 'query: ', 'passage: '),
+    (r'(multilingual-)?e5-(small|base|large)', 'query: ', 'passage: ', 'mean'),
     (r'bge-(small|base|large)-en',
-     'Represent this sentence for searching relevant passages: ', ''),
+     'Represent this sentence for searching relevant passages: ', '', 'cls'),
     (r'qwen3-embedding',
      'Instruct: Given a web search query, retrieve relevant passages that'
-     ' answer the query\nQuery:', ''),
+     ' answer the query\nQuery:', '', 'lasttoken'),
 )
 _DECODERS = ('qwen2', 'qwen3', 'llama')
 # Tokens a device and batch. A CPU gains nothing from more of them, and texts
@@ -167,21 +167,22 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
-    dtype: str = 'float32',
 ) -> NeuralEmbedder:
   """Reads an embedder from a Hugging Face or sentence-transformers folder.
+
+  Parameters, computation and pooling are in float32. On TPU its products are as
+  exact as jax_default_matmul_precision says, which is bfloat16 by default.
 
   Args:
     path: the folder, on disk or gs://: config.json, *.safetensors and
       tokenizer.json, and what sentence-transformers adds to them.
-    mesh: devices of this process, all of them by default. Each holds the whole
-      model; rows are split over data and fsdp.
+    mesh: devices of this process, all of them by default: the mesh of a run may
+      have other processes' devices, and a tensor axis that would do the same
+      work twice. Each device holds the whole model; rows are split over data
+      and fsdp.
     query_prefix: put before queries; None: the folder's own, as of
       config_sentence_transformers.json, or its family's (`FAMILIES`), or none.
     passage_prefix: likewise, put before passages.
-    dtype: of parameters and computation; pooling is in float32. On TPU the
-      products of float32 numbers are as exact as jax_default_matmul_precision
-      says, which is bfloat16 by default.
 
   Returns:
     The embedder.
@@ -196,11 +197,11 @@ def load(
   tokenizer = _tokenizer(folder)
   pooling = _pooling(folder)
   if folder.config.get('model_type') in _DECODERS:
-    config, params = _decoder(folder, mesh, dtype)
+    config, params = _decoder(folder, mesh)
     module, limit = qwen.Qwen(config), config.max_length
     pooling = pooling or 'lasttoken'
   else:
-    config, params = encoder.load(folder, mesh, dtype)
+    config, params = encoder.load(folder, mesh)
     module, limit = encoder.Bert(config), config.positions
     pooling = pooling or 'mean'
   largest = max(tokenizer.get_vocab().values())
@@ -224,17 +225,17 @@ def load(
   )
 
 
-def _decoder(folder, mesh, dtype):
+def _decoder(folder, mesh):
   """Config and parameters of a decoder's trunk, whole on every device."""
-  config = dataclasses.replace(
-      hf.read_config(folder), tie_embeddings=True, dtype=dtype
-  )
+  config = dataclasses.replace(hf.read_config(folder), tie_embeddings=True)
   bare = 'embed_tokens.weight' in folder.tensors
   table = hf.tensors(config, '' if bare else 'model.')
   shapes = jax.eval_shape(lambda: qwen.init(config, jax.random.key(0)))
   whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
   ignore = (r'^lm_head\.weight$', r'rotary_emb\.inv_freq$')
-  return config, folder_lib.stream(folder, table, shapes, whole, dtype, ignore)
+  return config, folder_lib.stream(
+      folder, table, shapes, whole, ignore=ignore
+  )
 
 
 def _tokenizer(folder):
@@ -254,7 +255,10 @@ def _tokenizer(folder):
 
 
 def _pooling(folder) -> str | None:
-  """What sentence-transformers does with hidden states; None: no word on it."""
+  """What is done with hidden states, by the folder or its family.
+
+  None: no word on it.
+  """
   file = folder.path / 'modules.json'
   where = '1_Pooling'
   if file.exists():
@@ -276,7 +280,12 @@ def _pooling(folder) -> str | None:
   name = f'{where}/{folder_lib.CONFIG}'
   settings = folder.json(name)
   if settings is None:
-    return None
+    if file.exists():
+      raise ValueError(
+          f'{folder.path / name} is missing, but {file.name} names it: fetch it'
+          ' again.'
+      )
+    return _family(folder)[2]
   chosen = sorted(
       field for field, value in settings.items()
       if field.startswith('pooling_mode') and value
@@ -323,15 +332,20 @@ def _prefixes(folder) -> tuple[str, str]:
   passage = prompts.get('passage') or prompts.get('document')
   if query or passage:
     return query or '', passage or ''
+  return _family(folder)[:2]
+
+
+def _family(folder) -> tuple[str, str, str | None]:
+  """What goes before queries and passages, and the pooling, by the name."""
   path = folder.path
   # The hub's cache: models--intfloat--e5-base-v2/snapshots/<commit>.
   name = path.parent.parent.name if path.parent.name == 'snapshots' else (
       path.name)
   name = name.rpartition('--')[2].lower()
-  for start, query, passage in FAMILIES:
+  for start, *known in FAMILIES:
     if re.match(start, name):
-      return query, passage
-  return '', ''
+      return tuple(known)
+  return '', '', None
 
 
 def _digest(folder) -> str:
