@@ -30,6 +30,9 @@ FILES = (
     'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
     'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model',
     'chat_template.jinja', 'chat_template.json')
+# Of these, where a chat template may be.
+_TEMPLATES = (
+    'chat_template.jinja', 'chat_template.json', 'tokenizer_config.json')
 PAD, EOS, UNKNOWN = '<pad>', '<eos>', '<unk>'
 
 
@@ -38,7 +41,8 @@ class Tokenizer:
 
   Attributes:
     byte_strings: list of bytes, length `vocab_size`; b'' for unused ids.
-    eos_ids: the tokens at which a policy has ended, the tokenizer's own first.
+    eos_ids: the tokens at which a policy has ended, the tokenizer's own first
+      where it has one.
     pad_id: int; the first of `eos_ids` where nothing names another.
     vocab_size: int, the largest id plus one. A model may have more rows than
       this; `decode` gives '' for such ids.
@@ -53,13 +57,15 @@ class Tokenizer:
     self._lock = threading.Lock()
     self.byte_strings = _byte_strings(self._backend)
     self.vocab_size = len(self.byte_strings)
-    if fast.eos_token_id is None:
+    own = () if fast.eos_token_id is None else (int(fast.eos_token_id),)
+    self.eos_ids = tuple(dict.fromkeys((*own, *eos_ids)))
+    if not self.eos_ids:
       raise ValueError(
           f'The tokenizer {fast.name_or_path!r} names no eos_token, which is '
-          'where a policy that has nothing more to say ends its turn. Name one '
-          'in its tokenizer_config.json ("eos_token": "<|im_end|>", say).'
+          'where a policy that has nothing more to say ends its turn, and no '
+          'model names an eos_token_id. Name one in its tokenizer_config.json '
+          '("eos_token": "<|im_end|>", say).'
       )
-    self.eos_ids = tuple(dict.fromkeys((int(fast.eos_token_id), *eos_ids)))
     for pad in (fast.pad_token_id, pad_id, self.eos_ids[0]):
       if pad is not None:
         self.pad_id = int(pad)
@@ -150,6 +156,14 @@ class Tokenizer:
           f'rendering it failed: {error} Install jinja2, or set '
           'config.rollout.chat=off to send the plain prompt.'
       ) from error
+    except Exception as error:  # jinja2's, or what the template's code raises
+      folder = epath.Path(self._fast.name_or_path)
+      files = [folder / name for name in _TEMPLATES]
+      file = next((file for file in files if file.exists()), files[-1])
+      raise ValueError(
+          f'{file}: the chat template cannot be rendered ({error}): mend it, '
+          'or set config.rollout.chat=off to send the plain prompt.'
+      ) from error
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -164,8 +178,24 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def save(self, directory: str | os.PathLike[str]) -> None:
-    """Writes a Hugging Face tokenizer folder that `load` reads back."""
+    """Writes a Hugging Face tokenizer folder that `load` reads back.
+
+    transformers 4, and what is built on it, can read it as well.
+    """
     self._fast.save_pretrained(os.fspath(directory))
+    file = epath.Path(directory) / 'tokenizer_config.json'
+    settings = json.loads(file.read_text())
+    # How it was loaded here, which is no matter of the folder.
+    for name in ('backend', 'is_local', 'local_files_only'):
+      settings.pop(name, None)
+    # transformers 5 writes names that 4 does not know, and a list that it takes
+    # for a dictionary.
+    if settings.get('tokenizer_class', '').endswith('Backend'):
+      settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if isinstance(settings.get('extra_special_tokens'), list):
+      settings['additional_special_tokens'] = settings.pop(
+          'extra_special_tokens')
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
   def _added(self) -> dict[int, Any]:
     return self._backend.get_added_tokens_decoder()
@@ -209,7 +239,9 @@ def load(
       for name in FILES:
         if (folder / name).exists():
           (folder / name).copy(epath.Path(local, name))
-      return load(local, eos_ids, pad_id)
+      made = load(local, eos_ids, pad_id)
+    made._fast.name_or_path = str(folder)  # for messages
+    return made
   transformers = _transformers()
   whole = (folder / 'tokenizer.json').is_file()
   try:

@@ -165,6 +165,8 @@ def test_wordpiece_and_missing_eos_are_refused(tmp_path):
   folder = backend_folder(tmp_path / 'b', backend)
   with pytest.raises(ValueError, match='names no eos_token'):
     tokenizer_lib.load(folder)
+  found = tokenizer_lib.load(folder, (0,))  # but the model does
+  assert (found.eos_ids, found.pad_id) == ((0,), 0)
 
 
 def test_import_load_and_words_are_quiet(tmp_path, words):
@@ -241,6 +243,41 @@ def test_chat_template_without_jinja2_is_a_clear_error(qwen, monkeypatch):
   monkeypatch.setattr(qwen._fast, 'apply_chat_template', fail)
   with pytest.raises(ValueError, match='Install jinja2'):
     qwen.prompt('Who?', protocol.INSTRUCTION)
+
+
+def test_a_template_that_fails_names_its_file(qwen_folder, tmp_path):
+  pytest.importorskip('jinja2', reason='chat templates need jinja2')
+  import shutil
+
+  shutil.copytree(qwen_folder, tmp_path / 'model')
+  settings = tmp_path / 'model/tokenizer_config.json'
+  raw = json.loads(settings.read_text())
+  template = tmp_path / 'model/chat_template.jinja'
+  for text in ('{% if %}', '{{ raise_exception("no such role") }}',
+               '{{ 1 + "a" }}'):  # of jinja2, by the template, by its code
+    settings.write_text(json.dumps(raw | {'chat_template': text}))
+    template.unlink(missing_ok=True)
+    match = f'{settings}: the chat template cannot be rendered .*chat=off'
+    with pytest.raises(ValueError, match=match):
+      tokenizer_lib.load(tmp_path / 'model').prompt('Who?', '{question}')
+    template.write_text(text)
+    with pytest.raises(ValueError, match=f'{template}: the chat template'):
+      tokenizer_lib.load(tmp_path / 'model').prompt('Who?', '{question}')
+
+
+def test_what_is_saved_can_be_read_by_older_releases(qwen, words, tmp_path):
+  known = {'Qwen2Tokenizer', 'Qwen2TokenizerFast', 'PreTrainedTokenizerFast'}
+  for name, tokenizer in (('qwen', qwen), ('words', words)):
+    tokenizer.save(tmp_path / name)
+    raw = json.loads((tmp_path / name / 'tokenizer_config.json').read_text())
+    assert raw['tokenizer_class'] in known
+    assert 'backend' not in raw
+    assert not isinstance(raw.get('extra_special_tokens'), list)
+    again = tokenizer_lib.load(tmp_path / name)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again._fast.all_special_tokens == tokenizer._fast.all_special_tokens
+    if name == 'qwen':
+      assert '<|vision_pad|>' in raw['additional_special_tokens']
 
 
 def test_qwen_is_lossless_on_real_passages(qwen):
