@@ -20,11 +20,13 @@ def get_config(arg=''):
       # Hugging Face folder, local or gs://, whose config, tokenizer and weights
       # the run starts from; '' = random weights of the sizes below.
       pretrained='',
-      # The shape of Qwen2.5-3B; vocab_size 0 = the tokenizer's.
+      # The shape of Qwen2.5-3B; vocab_size 0 = the tokenizer's. With a folder
+      # its config.json counts, and nothing in these lines.
       vocab_size=0, embed=2048, layers=36, heads=16, kv_heads=2, head_dim=128,
       mlp=11008, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True,
       attention_bias=True, qk_norm=False,
-      dtype='bfloat16', remat=True,  # these three hold for every model
+      # These three hold for every model.
+      dtype='bfloat16', remat=True,
       attention='auto'))  # auto | plain | splash (TPU) | cudnn (GPU)
 
   config.data = ConfigDict(dict(

@@ -58,7 +58,7 @@ class Parts:
   eval: Sequence[types.Example]
   retriever: Any
   model: qwen.Config
-  pretrained: folder_lib.Folder | None  # config, tokenizer and weights
+  pretrained: folder_lib.Folder | None  # of the model's config and tokenizer
   learner: learner.Learner | None  # None where nothing is trained
   collect: collect.Collector
   score: Score
@@ -86,7 +86,7 @@ def tune_host() -> None:
 
 def build(
     config: ml_collections.ConfigDict, workdir: Any, *, training: bool = True,
-    say: Callable[[str], None] = print,
+    card: Any = None, say: Callable[[str], None] = print,
 ) -> Parts:
   """Checks the config, reads or makes the data, loads or builds the index.
 
@@ -94,12 +94,14 @@ def build(
     config: as of configs/default.py.
     workdir: where the index is kept, unless config.retriever.directory says.
     training: also read the training questions and make the learner.
+    card: the folder that `write_card` made in the run whose checkpoint is
+      played: what the model is, whatever config.model says of it.
     say: prints a line of progress.
 
   Raises:
     ValueError: one paragraph naming field or file, value and remedy.
   """
-  _check(config, training)
+  _check(config, training, card)
   mesh = sharding.make_mesh(tuple(config.mesh))
   _check_rows(config, mesh, training)
   reward = _reward(config)
@@ -122,7 +124,7 @@ def build(
   protocol = (
       protocol_lib.Protocol.short() if config.rollout.protocol == 'short'
       else protocol_lib.Protocol())
-  pretrained = _pretrained(config, workdir)
+  pretrained = _pretrained(config, workdir, training, card)
   tokenizer = _tokenizer(config, world, pretrained)
   model = _model(config, tokenizer, mesh, pretrained)
   if pretrained is not None:
@@ -250,7 +252,7 @@ def _turn_rewards(config) -> bool:
       config.reward.information_gain) and not config.reward.factory
 
 
-def _check(config, training):
+def _check(config, training, card):
   config_lib.choice('algorithm', config.algorithm, ('steppo', 'ppo'))
   config_lib.choice('data.source', config.data.source, ('world', 'jsonl'))
   config_lib.choice(
@@ -280,8 +282,8 @@ def _check(config, training):
         'all of them zero.')
   config_lib.choice('rollout.chat', config.rollout.chat, ('auto', 'on', 'off'))
   config_lib.require(
-      config.tokenizer or config.model.pretrained or not made
-      or config.rollout.protocol == 'short',
+      config.tokenizer or config.model.pretrained or card is not None
+      or not made or config.rollout.protocol == 'short',
       'rollout.protocol', config.rollout.protocol,
       "the world's own words do not spell the long instruction: use short, or "
       'give config.tokenizer.')
@@ -305,18 +307,20 @@ def _check_rows(config, mesh, training):
         f'choose a multiple of {shards}.')
 
 
-def _pretrained(config, workdir) -> folder_lib.Folder | None:
+def _pretrained(config, workdir, training, card) -> folder_lib.Folder | None:
   """The model that a run starts from, checked but for its values."""
-  path = config.model.pretrained
+  path, root = config.model.pretrained, epath.Path(workdir)
+  if card is not None:
+    return folder_lib.Folder(card)
   if not path:
     return None
-  # A run that has begun needs no more than the card that it has kept.
-  card = pathlib.Path(workdir) / 'model'
-  if not epath.Path(path).exists() and card.exists():
-    return folder_lib.Folder(card)
-  folder = folder_lib.Folder(path)
-  hf.check(folder)
-  return folder
+  # A run that has begun goes on with the card that it has kept, whatever has
+  # become of the folder, whose weights it needs up to step 0 only.
+  begun = training and (root / 'model').exists()
+  if not begun or not (root / 'reference').exists():
+    folder = folder_lib.Folder(path)
+    hf.check(folder)
+  return folder_lib.Folder(root / 'model') if begun else folder
 
 
 def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
@@ -341,11 +345,15 @@ def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
       f'the tokenizer has {tokenizer.vocab_size} tokens, and a model needs a '
       "row for every token; 0 takes the tokenizer's number.")
   longest = sizes.setdefault('max_length', config.rollout.max_length)
+  scaling = sizes.get('rope_scaling')
+  if scaling is not None and scaling.kind == 'yarn':
+    # Many a config.json keeps the positions before they were stretched.
+    longest = max(longest, int(scaling.original_length * scaling.factor))
   config_lib.require(
       config.rollout.max_length <= longest,
       'rollout.max_length', config.rollout.max_length,
       f'the model was made for {longest} positions (max_position_embeddings '
-      'of its config.json): lower it.')
+      'of its config.json, or what yarn makes of it): lower it.')
   sizes['attention'] = attention.resolve(
       sizes['attention'], mesh.devices.flat[0],
       head_dim=sizes['head_dim'], dtype=sizes['dtype'],

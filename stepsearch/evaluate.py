@@ -30,7 +30,8 @@ def evaluate(
   """Plays the held-out questions of the config with a trained actor.
 
   Args:
-    config: of the run; its held-out questions and engine are used.
+    config: of the run; its held-out questions and engine are used. What the
+      model is and its tokenizer are read from the run.
     checkpoint: the workdir of a run, or its checkpoints folder; or a Hugging
       Face folder, on disk or gs://.
     output: receives eval.json and transcripts.jsonl.
@@ -48,6 +49,7 @@ def evaluate(
   if root.name == 'checkpoints':
     root = root.parent
   trained = (root / 'checkpoints').is_dir()
+  card = root / 'model' if trained and (root / 'model').is_dir() else None
   if not trained:
     if not any(root.glob('*.safetensors')):
       raise ValueError(
@@ -63,7 +65,8 @@ def evaluate(
   out = pathlib.Path(config_lib.check_workdir(output, 'output'))
   progress = metrics.Progress(0)
   parts = assembly.build(
-      config, root if trained else out, training=False, say=progress.line)
+      config, root if trained else out, training=False, card=card,
+      say=progress.line)
   key = jax.random.key(config.seed)
   if trained:
     params, step = checkpoints.restore_actor(

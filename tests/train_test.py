@@ -217,6 +217,38 @@ def test_transformers_reads_an_exported_actor(whole, exported):
       hidden[0] @ qwen.unembedding(params), expected, atol=1e-4)
 
 
+def _other(folder, copy, **fields):
+  """A copy of a Hugging Face folder whose config.json says something else."""
+  shutil.copytree(folder, copy)
+  raw = json.loads((copy / 'config.json').read_text())
+  (copy / 'config.json').write_text(
+      json.dumps(raw | (fields or {'rms_norm_eps': 0.5})))
+  return copy
+
+
+def test_the_card_of_another_run_is_not_taken(
+    whole, exported, tmp_path, capfd):
+  shutil.copytree(whole / 'model', tmp_path / 'run/model')
+  folder = _other(exported, tmp_path / 'folder')
+  first, second = (
+      evaluate.evaluate(_config(), str(folder), str(tmp_path / output))
+      for output in ('run', 'elsewhere'))
+  assert capfd.readouterr().out.count(f'{folder}: 2 layers') == 2
+  assert first == second
+  assert (tmp_path / 'run/transcripts.jsonl').read_text() == (
+      tmp_path / 'elsewhere/transcripts.jsonl').read_text()
+
+
+def test_weights_are_needed_until_there_is_a_reference(exported, tmp_path):
+  shutil.copytree(exported, tmp_path / 'model')
+  config = _config('model.pretrained=/no/such')
+  build = lambda: assembly.build(config, tmp_path, say=lambda _: None)
+  with pytest.raises(ValueError, match='/no/such: there is no such folder'):
+    build()
+  (tmp_path / 'reference').mkdir()
+  assert build().pretrained.path == tmp_path / 'model'
+
+
 def test_a_pretrained_folder_is_trained_and_comes_back(
     exported, tmp_path, capfd):
   # As a foreign folder would be: other sizes than the config's, its own eos.
@@ -224,17 +256,25 @@ def test_a_pretrained_folder_is_trained_and_comes_back(
       f'model.pretrained={exported}', 'model.layers=5', 'num_steps=2',
       'warmup.steps=0', 'ppo.packing=true')
   run = tmp_path / 'run'
-  train.train(config, str(run))
+  trained = train.train(config, str(run))
   assert '2 layers of 32' in capfd.readouterr().out
   first, *rows = metrics.read(run / 'metrics.jsonl')
   # Step 0 is the model as it came, and the reference.
   assert rows[0]['ppo/reference_kl'] == 0
-  # A run that has begun does not need the folder again.
-  (run / 'eval.json').unlink()
+  # A run that has begun goes on with what it has kept of the folder, whether
+  # that is gone or another by now.
   gone = exported.rename(exported.with_name('gone'))
-  again = train.train(config, str(run))
+  (run / 'eval.json').unlink()
+  assert train.train(config, str(run)) == trained
+  _other(gone, exported)
+  (run / 'eval.json').unlink()
+  assert train.train(config, str(run)) == trained
+  shutil.rmtree(exported)
   gone.rename(exported)
-  assert again['questions'] == 10
+  # Nor does evaluate need to be told what the model is.
+  found = evaluate.evaluate(
+      _config('model.layers=5'), str(run), str(tmp_path / 'evaluation'))
+  assert found['all'] == pytest.approx(trained)
   export.export(str(run / 'checkpoints'), str(tmp_path / 'same'), step=0)
   names = sorted(path.name for path in exported.iterdir())
   assert names == sorted(path.name for path in (tmp_path / 'same').iterdir())
@@ -263,6 +303,14 @@ def test_pretrained_models_that_do_not_fit_are_refused(
 
   refused(r'config.rollout.max_length = 400: the model was made for 288',
           'rollout.max_length=400')
+  yarn = _other(exported, tmp_path / 'yarn', rope_scaling={
+      'rope_type': 'yarn', 'factor': 1.5})
+  longest = lambda length: assembly.build(
+      _config(f'model.pretrained={yarn}', f'rollout.max_length={length}'),
+      tmp_path, say=lambda _: None).model.max_length
+  assert longest(432) == 288
+  with pytest.raises(ValueError, match='the model was made for 432 positions'):
+    longest(433)
   refused(r"config.model.attention = 'splash' cannot be used",
           'model.attention=splash')
   raw = json.loads((exported / 'tokenizer.json').read_text())
@@ -367,8 +415,10 @@ def test_a_refused_config_does_not_spoil_its_workdir(tmp_path):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(whole, tmp_path):
+  run = shutil.copytree(
+      whole, tmp_path / 'run', ignore=shutil.ignore_patterns('model'))
   with pytest.raises(ValueError, match='does not fit the model'):
-    evaluate.evaluate(_config('model.mlp=16'), str(whole), str(tmp_path))
+    evaluate.evaluate(_config('model.mlp=16'), str(run), str(tmp_path / 'out'))
 
 
 def test_resuming_with_another_config_is_refused(whole):
