@@ -56,7 +56,10 @@ def get_config(arg=''):
       chat='auto',  # chat template: auto (models tuned on theirs) | on | off
       max_turns=5, k=3, prompt_length=2048, response_length=800,
       observation_length=800, max_length=8192, temperature=1.0, top_k=0,
-      top_p=1.0, length_multiple=128))
+      top_p=1.0, length_multiple=128,
+      slots=0,  # episodes in flight, 0 = a whole batch
+      chunk=32,  # tokens decoded between two looks at the rows
+      lag=1))  # chunks that a search may take before the device waits
 
   config.reward = ConfigDict(dict(
       variant='paper',  # paper | released

@@ -141,8 +141,7 @@ def build(
   collector = collect.Collector(
       model, collect.Config(**rollout), tokenizer, protocol,
       lambda queries, k: engine.search(queries, k), mesh)
-  for example in (*train, *held_out):
-    collector.prompt(example.question)
+  collector.prepare(example.question for example in (*train, *held_out))
 
   # Last, for it may take long; `collector` sees it through its closure.
   engine = _retriever(config, corpus, workdir, say)

@@ -10,6 +10,7 @@ from stepsearch import types
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect as collect_lib
 from stepsearch.rollout import sampler as sampler_lib
+from tests import lockstep
 
 SHORT = protocol.Protocol.short()
 CONFIG = collect_lib.Config(
@@ -455,3 +456,28 @@ def test_a_question_that_does_not_fit_is_refused(collector):
   with pytest.raises(ValueError, match='at least 9'):
     collector.prompt('who ' * 8)
   assert len(collector.prompt('who ' * 7)) == 8
+
+
+# ── Continuous batching against the plain way ────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ('slots', 'chunk', 'lag'),
+    [(0, 16, 1), (4, 4, 0), (8, 3, 1), (4, 2, 3), (1, 16, 2)])
+def test_slots_chunks_and_lags_play_the_same_episodes_as_lockstep(
+    model, tokenizer, retriever, mesh, chatty, slots, chunk, lag):
+  plain = lockstep.Collector(
+      model, CONFIG, tokenizer, SHORT, retriever.search, mesh)
+  arguments = (chatty, examples(16), jax.random.key(4))
+  expected, texts = plain(*arguments, first_episode=100)
+  config = dataclasses.replace(CONFIG, slots=slots, chunk=chunk, lag=lag)
+  collector = collect_lib.Collector(
+      model, config, tokenizer, SHORT, retriever.search, mesh)
+  trajectory, transcripts = collector(*arguments, first_episode=100)
+  assert transcripts == texts
+  for name in ('tokens', 'token_mask', 'loss_mask', 'turn_ends'):
+    np.testing.assert_array_equal(
+        getattr(trajectory, name), getattr(expected, name))
+  np.testing.assert_allclose(
+      trajectory.logprobs, expected.logprobs, atol=1e-5)
+  assert 0.2 < collector.metrics['rollout/slot_utilisation'] < 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stepsearch import sharding
+from stepsearch.models import cache as cache_lib
 from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
 from stepsearch.models import qwen
@@ -157,7 +158,7 @@ def test_cached_append_is_the_full_forward(name, tmp_path):
     hidden, new = module.apply(
         {'params': params}, tokens[:, start:start + width], positions, cache,
         length)
-    cache = qwen.write(cache, new, length)
+    cache = cache_lib.write(cache, new, length)
     length += width
     np.testing.assert_allclose(
         hidden @ qwen.unembedding(params),

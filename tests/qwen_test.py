@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepsearch.models import cache as cache_lib
 from stepsearch.models import qwen
 
 BASE = qwen.Config(
@@ -164,7 +165,7 @@ def test_cached_append_is_the_full_forward(name, random_params):
   # Prompts of 5, 2 and 7 tokens, then 6, one and one more.
   length = jnp.asarray([5, 2, 7])
   _, hidden, new = logits(config, params, tokens[:, :7])
-  write = jax.jit(qwen.write)
+  write = jax.jit(cache_lib.write)
   cache = write(
       qwen.empty_cache(config, 3, 32), new, jnp.zeros(3, jnp.int32))
   for row in range(3):
@@ -187,7 +188,7 @@ def test_write_puts_each_row_at_its_own_position():
       qwen.Cache(*rng.normal(size=(2, *shape(n))).astype(np.float32))
       for n in (12, 4))
   position = [0, 8, 3]
-  found = qwen.write(
+  found = cache_lib.write(
       jax.tree.map(jnp.asarray, old), jax.tree.map(jnp.asarray, new),
       jnp.asarray(position))
   for name in 'kv':

@@ -100,8 +100,8 @@ def _nvidia_ampere(device):
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     *,
     cache: Any = None,
     cache_length: jax.Array | None = None,
@@ -123,8 +123,9 @@ def attend(
 
   Args:
     q: [B, T, N, H], rotated, not scaled.
-    k: [B, T, K, H], rotated; K divides N.
-    v: [B, T, K, H].
+    k: [B, T, K, H], rotated; K divides N. None: it is in the cache already,
+      at slots cache_length[b] + t.
+    v: [B, T, K, H], or None as k.
     cache: one layer's earlier keys and values, `.k` and `.v` [B, K, S, H].
     cache_length: [B] int32, entries of the cache that each row may see.
     segments: [B, T] int32, which of the row's packed sequences a token belongs
@@ -165,9 +166,8 @@ def attend(
 
 def _plain(q, k, v, cache, cache_length, segments, window):
   batch, length, heads, dim = q.shape
-  kv_heads = k.shape[2]
+  kv_heads = cache.k.shape[1] if k is None else k.shape[2]
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as in the cache
   t = jnp.arange(length)
 
   def scores(keys, visible):  # [B, K, U, H], [B or 1, T or 1, U]
@@ -177,6 +177,18 @@ def _plain(q, k, v, cache, cache_length, segments, window):
   def near(distance):
     return (distance < window) | (jnp.asarray(window) <= 0)
 
+  if k is None:
+    at = cache_length[:, None, None] + t[None, :, None]
+    back = at - jnp.arange(cache.k.shape[2])[None, None]
+    visible = back >= 0
+    if window is not None:
+      visible &= near(back)
+    weights = jax.nn.softmax(scores(cache.k, visible), axis=-1).astype(q.dtype)
+    # In the order of the operands, for which XLA's CPU backend has a kernel.
+    y = _dot('bkgtu,bkuh->bkgth', weights, cache.v).transpose(0, 3, 1, 2, 4)
+    return y.astype(q.dtype).reshape(batch, length, heads, dim)
+
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as in the cache
   back = (t[:, None] - t[None])[None]
   visible = back >= 0
   if window is not None:

@@ -2,9 +2,8 @@
 
 One definition serves rollout and update. Layers are stacked by `nn.scan`; the
 key/value cache is an argument, and new keys and values are a result, so that
-prefill, appending an observation and decoding are the same function with
-T = prompt, chunk and 1. The cache is read inside the layer scan and written
-once after it (`write`), each row at its own position.
+prefill, appending an observation and decoding are the same function, `feed`,
+with T = prompt, chunk and 1, each row at its own position.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import math
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stepsearch.models import attention
+from stepsearch.models import cache as cache_lib
+from stepsearch.models.cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,54 +83,25 @@ class Config:
           f'{self.layers} layers: one is needed for each.')
 
 
-@struct.dataclass
-class Cache:
-  """Keys (rotated) and values of every layer."""
-
-  k: jax.Array  # [L, B, K, S, H] of the computation's dtype
-  v: jax.Array  # [L, B, K, S, H]
-
-
-def empty_cache(config: Config, batch: int, size: int) -> Cache:
-  """A zeroed cache for `batch` rows of at most `size` positions."""
-  shape = (config.layers, batch, config.kv_heads, size, config.head_dim)
-  return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-def write(cache: Cache, new: Cache, position: jax.Array) -> Cache:
-  """Writes T new entries of each row at that row's own position.
-
-  The caller allocates S >= position + T for every row: a write past the end is
-  clamped by XLA and would overwrite valid entries.
+def empty_cache(
+    config: Config, batch: int, size: int, unrolled: bool = False
+) -> Cache:
+  """A zeroed cache for `batch` rows of at most `size` positions.
 
   Args:
-    cache: [L, B, K, S, H].
-    new: [L, B, K, T, H].
-    position: [B] int32, where each row's first new entry goes.
+    config: of the decoder.
+    batch: B.
+    size: S.
+    unrolled: one array a layer instead of stacked ones, as of `cache`.
   """
+  shape = (batch, config.kv_heads, size, config.head_dim)
 
-  def vectorised(cache, new, position):
-    def row(old, fresh, start):  # [L, K, S, H], [L, K, T, H]
-      return jax.lax.dynamic_update_slice(old, fresh, (0, 0, start, 0))
+  def entries():
+    if unrolled:
+      return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
+    return jnp.zeros((config.layers, *shape), config.dtype)
 
-    put = jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)
-    return jax.tree.map(lambda x, y: put(x, y, position), cache, new)
-
-  def looped(cache, new, position):
-    def row(i, cache):
-      def put(old, fresh):
-        fresh = jax.lax.dynamic_slice_in_dim(fresh, i, 1, axis=1)
-        return jax.lax.dynamic_update_slice(
-            old, fresh, (0, i, 0, position[i], 0))
-
-      return jax.tree.map(put, cache, new)
-
-    return jax.lax.fori_loop(0, position.shape[0], row, cache)
-
-  # XLA's CPU backend copies the whole cache for the vectorised form: 20 ms a
-  # decoding step of the tiny run against 8.
-  return jax.lax.platform_dependent(
-      cache, new, position, cpu=looped, default=vectorised)
+  return Cache(entries(), entries())
 
 
 def _logical(init, *names):
@@ -219,7 +190,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, window, rotary, cache_length, segments):
-    """x [B, T, D], one layer's cache [B, K, S, H] -> [B, T, D], new entries."""
+    """x [B, T, D], one layer's cache [B, K, S, H] -> [B, T, D], new entries.
+
+    Of a `cache.Layer`, that layer with the new entries in it.
+    """
     c = self.config
     init = nn.initializers.normal(c.embed**-0.5)
 
@@ -244,6 +218,11 @@ class Attention(nn.Module):
       q = RMSNorm(c.rms_norm_eps, 'head_dim', name='q_norm')(q)
       k = RMSNorm(c.rms_norm_eps, 'head_dim', name='k_norm')(k)
     q, k = _rotate(q, rotary), _rotate(k, rotary)
+    new = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, K, T, H]
+    if isinstance(cache, cache_lib.Layer):
+      new = cache.add(new, cache_length)
+      k = v = None
+      cache = new.seen()
     y = attention.attend(
         q, k, v, cache=cache, cache_length=cache_length, segments=segments,
         window=window, kind=c.attention, mesh=self.mesh)
@@ -253,7 +232,7 @@ class Attention(nn.Module):
     y = jnp.einsum('btnh,nhd->btd', y, kernel.astype(x.dtype))
     if c.output_bias:
       y += bias('o', (c.embed,), 'embed')
-    return y, Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, K, T, H]
+    return y, new
 
 
 class Mlp(nn.Module):
@@ -383,6 +362,61 @@ class Critic(nn.Module):
     return jnp.einsum(
         'btd,d->bt', hidden, kernel.astype(hidden.dtype),
         preferred_element_type=jnp.float32)
+
+
+def feed(
+    config: Config, mesh: jax.sharding.Mesh | None, params: Any,
+    tokens: jax.Array, cache: Cache, start: jax.Array,
+    rows: jax.Array | None = None, shards: int = 1, fresh: bool = False,
+) -> tuple[jax.Array, Cache]:
+  """Runs T tokens of n rows, each at its own place, and keeps their entries.
+
+  Args:
+    config: of the decoder.
+    mesh: as of `Qwen`.
+    params: of an actor; its layers stacked or unrolled (`unroll`), as those of
+      the cache.
+    tokens: [n, T] int32.
+    cache: of B rows, S positions.
+    start: [n] int32, position of each row's first token; those before it are
+      in the cache.
+    rows: [n] int32, the rows of the cache, as of `cache.pick`; None: all B.
+    shards: as of `cache.pick`.
+    fresh: nothing precedes the tokens (start is 0), so that the kernels of
+      `attention` can be used.
+
+  Returns:
+    hidden [n, T, D] after the final norm, and the cache with the new entries.
+  """
+  c = config
+  length = tokens.shape[1]
+  positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+  if not isinstance(params['layers'], tuple):
+    seen = None if fresh else cache_lib.pick(cache, rows, shards)
+    hidden, new = Qwen(c, mesh).apply(
+        {'params': params}, tokens, positions, seen,
+        None if seen is None else start)
+    return hidden, cache_lib.write(cache, new, start, rows, shards)
+  x = jnp.take(params['embedding'], tokens, axis=0).astype(c.dtype)
+  rotary = _rotary(positions, c)
+  layers = []
+  for i, layer in enumerate(params['layers']):
+    x, entry = Layer(c, mesh).apply(
+        {'params': layer}, x,
+        cache_lib.Layer(cache.k[i], cache.v[i], rows, shards),
+        c.windows[i] if c.windows else None, rotary, start, None)
+    layers.append(entry)
+  hidden = RMSNorm(c.rms_norm_eps).apply({'params': params['final_norm']}, x)
+  return hidden, Cache(
+      tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
+
+
+def unroll(params: Any) -> Any:
+  """An actor's parameters with a tuple of layers instead of stacked ones."""
+  [count] = {x.shape[0] for x in jax.tree.leaves(params['layers'])}
+  return params | {'layers': tuple(
+      jax.tree.map(lambda x, i=i: x[i], params['layers'])
+      for i in range(count))}
 
 
 def unembedding(params: Any) -> jax.Array:

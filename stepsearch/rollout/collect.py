@@ -1,21 +1,28 @@
 """The multi-turn loop: think, search, information, until an answer.
 
-    examples ─▶ prefill ─▶ [decode ─▶ parse ─▶ search ─▶ append]* ─▶ Trajectory
-                                                                  + Transcripts
+    examples ─▶ start ─▶ [decode a chunk ─▶ parse ─▶ search ─▶ append]*
+                  ▲                            │                  ╭─▶ Trajectory
+                  ╰──── the next question ◀────┴─ it has ended ───┴─▶ Transcript
 
-The policy's tokens are never encoded again: what was sampled stays in the
-arrays, text is only read to find the query. Retrieved text enters as tokens
+Episodes are played in slots, each at its own pace: a row that searches waits
+while the others decode, a row that has ended gives its slot to the next
+question. The policy's tokens are never encoded again: what was sampled stays in
+the arrays, text is only read to find the query. Retrieved text enters as tokens
 that the actor did not sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 import dataclasses
+import os
+import threading
+import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stepsearch import protocol as protocol_lib
@@ -42,6 +49,16 @@ class Config:
   top_k: int = 0
   top_p: float = 1.0
   length_multiple: int = 64  # trajectories are padded to a multiple of this
+  slots: int = 0  # episodes in flight; 0 = all of a batch
+  chunk: int = 16  # tokens that are decoded between two looks at the rows
+  lag: int = 1  # chunks that a search may take before the device waits for it
+
+
+# Tokens a shard that are fed in one call, padding included.
+_FEED = {'cpu': 512}
+_FEED_ELSEWHERE = 8192
+_WORTH_SHARING = 16  # tokens
+_FEWEST = 8  # slots of a shard
 
 
 class Collector:
@@ -66,23 +83,28 @@ class Collector:
     """
     _check(config, protocol_lib.minimum_observation(protocol, tokenizer))
     self.config = config
+    self.metrics: dict[str, float] = {}
     self._tokenizer = tokenizer
     self._protocol = protocol
     self._search = search
     self._mesh = mesh
-    self._sampler = sampler_lib.Sampler(
-        model=model,
-        size=(_bucket(config.max_length, config.length_multiple)
-              + config.observation_length),
-        turns=config.max_turns + 1,
-        eos_ids=tokenizer.eos_ids,
-        mesh=mesh,
-        top_k=config.top_k,
-        top_p=config.top_p)
+    self._model = model
+    self._feed = _FEED.get(
+        mesh.devices.flat[0].platform, _FEED_ELSEWHERE)
+    # Few widths and sizes, for each is compiled.
+    self._prompts = _ladder(config.prompt_length, 4, 32)
+    self._observations = _ladder(config.observation_length, 2, 128)[-3:]
+    length = _bucket(config.max_length, config.length_multiple)
+    # What is fed is written whole, padding included.
+    longest = length + max(self._prompts[-1], self._observations[-1])
+    self._sizes = [
+        _bucket(-(-longest * part // 4), 128 if longest > 1024 else 8)
+        for part in (2, 3, 4)]
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
     self._table = jax.device_put(table, sharding.replicated(mesh))
     self._cache: dict[str, np.ndarray] = {}
+    self._prefix = np.zeros([0], np.int32)
 
   def prompt(self, question: str) -> list[int]:
     """Prompt tokens of a question.
@@ -99,6 +121,24 @@ class Collector:
           f'raise it to at least {len(ids)}, or drop the question.')
     return ids
 
+  def prepare(self, questions: Iterable[str]) -> None:
+    """Checks all questions of a run, and finds what their prompts share.
+
+    That beginning is computed once a call from then on. It follows from the
+    questions of the run, not from those of one call, so that a resumed run
+    computes the same.
+
+    Raises:
+      ValueError: as of `prompt`.
+    """
+    shared = None
+    for question in questions:
+      prompt = self.prompt(question)
+      shared = prompt if shared is None else os.path.commonprefix(
+          [shared, prompt])
+    if shared is not None and len(shared) >= _WORTH_SHARING:
+      self._prefix = np.asarray(shared, np.int32)
+
   def __call__(
       self, params: Any, examples: Sequence[types.Example], key: jax.Array, *,
       first_episode: int = 0, greedy: bool = False,
@@ -106,95 +146,290 @@ class Collector:
     """Plays one episode per example.
 
     Args:
-      params: actor parameters.
-      examples: B questions.
+      params: actor parameters, as the learner holds them.
+      examples: N questions.
       key: of the step; a token is drawn with (key, episode, position).
       first_episode: global index of the first example.
       greedy: take the most likely token.
 
     Returns:
-      the arrays [B, T] and the texts, both in the order of the examples.
+      the arrays [N, T] and the texts, both in the order of the examples.
+      `metrics` then holds figures of this call.
     """
-    config = self.config
     prompts = [self.prompt(example.question) for example in examples]
-    width = self._width(prompts, config.prompt_length)
-    pad = self._tokenizer.pad_id
-    tokens, length = _pad(prompts, width, pad)
-    keys = _fold(
-        key, np.arange(first_episode, first_episode + len(examples)))
-    place = lambda *arrays: sharding.shard_batch(arrays, self._mesh)
-    tokens, length, keys = place(tokens, length, keys)
-    state = self._sampler.prefill(params, tokens, length)
-    episodes = [_Episode(len(prompt)) for prompt in prompts]
+    play = _Play(self, params, prompts, key, first_episode, greedy)
+    while play.unfinished:
+      play.admit()
+      play.answer()
+      play.gather()
+      play.decode()
+      play.read()
+    self.metrics = play.metrics()
+    return play.trajectory(), play.transcripts()
 
-    for turn in range(config.max_turns + 1):
-      state = self._sampler.decode(
-          params, state, self._table, keys, turn, config.response_length,
-          config.temperature, greedy=greedy)
-      written, stop = jax.device_get((state.tokens, state.stop))
-      length = jax.device_get(state.length)
-      observations = self._answer(episodes, written, length, stop)
-      if not any(observations):
-        break
-      width = self._width(observations, config.observation_length)
-      state = self._sampler.append(
-          params, state, *place(*_pad(observations, width, pad)))
 
-    transcripts = [
-        types.Transcript(self._tokenizer.decode(prompt), tuple(episode.turns))
-        for prompt, episode in zip(prompts, episodes)]
-    width = min(
-        _bucket(int(length.max()), config.length_multiple), self._sampler.size)
-    return _trajectory(state, width, pad), transcripts
+@dataclasses.dataclass
+class _Episode:
+  """What the host knows of an episode."""
 
-  def _width(self, rows, budget) -> int:
-    """What rows are padded to: few widths, since each is compiled."""
-    multiple = min(self.config.length_multiple, budget)
-    return min(_bucket(max(map(len, rows)), multiple), budget)
+  prompt: list[int]
+  slot: int = -1
+  length: int = 0  # tokens so far
+  limit: int = 0  # length at which the turn's budget is spent
+  start: int = 0  # of what the policy writes now
+  since: int | None = None  # the chunk from which on it runs, None: it does not
+  turns: list[types.Turn] = dataclasses.field(default_factory=list)
+  turn_ends: list[int] = dataclasses.field(default_factory=list)
+  last: bool = False  # the next turn is the forced last one
 
-  def _answer(self, episodes, tokens, length, stop) -> list[list[int]]:
-    """Reads the turn that each live row wrote; returns what to append."""
-    turns: dict[int, types.Turn] = {}
-    for row, episode in enumerate(episodes):
-      if episode.over:
+
+class _Play:
+  """One call of a collector: its episodes, its slots, and the clock.
+
+  The clock ticks once a chunk, so that what happens when depends on the
+  policy's tokens alone. A row that stops in chunk c takes part again from chunk
+  c + 1 + lag; with a lag, the host reads chunk c after chunk c + 1 has been
+  dispatched.
+  """
+
+  def __init__(self, collector, params, prompts, key, first_episode, greedy):
+    c = self._c = collector
+    config = self._config = c.config
+    shards = c._mesh.shape['data'] * c._mesh.shape['fsdp']
+    count = _bucket(config.slots or len(prompts), shards)
+    self._sampler = sampler_lib.Sampler(
+        model=c._model, mesh=c._mesh, slots=count,
+        eos_ids=c._tokenizer.eos_ids, top_k=config.top_k, top_p=config.top_p)
+    self._local = count // shards  # slots of a shard
+    self._decoding = dict(
+        table=c._table, key=key, temperature=config.temperature,
+        steps=config.chunk, greedy=greedy)
+    self._first = first_episode
+    self._episodes = [_Episode(prompt) for prompt in prompts]
+    self._queue = collections.deque(range(len(prompts)))
+    self._slots: list[int | None] = [None] * count
+    self._held: list[tuple[int, ...]] = [()] * count  # prompts in the cache
+    self._left = [1] * count  # tokens of the episode that has left a slot
+    self._due: collections.deque = collections.deque()
+    self._flying: collections.deque = collections.deque()
+    self._tick = 0
+    width = _bucket(config.max_length, config.length_multiple)
+    self._tokens = np.full(
+        (len(prompts), width), c._tokenizer.pad_id, np.int32)
+    self._logprobs = np.zeros((len(prompts), width), np.float32)
+    self._loss_mask = np.zeros((len(prompts), width), np.float32)
+
+    self._useful = self._paid = self._saved = 0
+    self._retrieval = self._idle = 0.0
+    self._idle_since: float | None = None
+    start = time.perf_counter()
+    self._params = jax.block_until_ready(self._sampler.weights(params))
+    self._weights_time = time.perf_counter() - start
+    self._size = c._sizes[0]
+    self._state = self._sampler.empty(self._size)
+    self._prefix = None
+    if len(c._prefix):
+      self._prefix = self._sampler.prefix(self._params, c._prefix)
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether an episode waits, runs or searches."""
+    return bool(self._queue) or any(s is not None for s in self._slots)
+
+  def admit(self) -> None:
+    """Gives free slots to the next questions.
+
+    A prompt that a slot of the same shard still holds is copied; the order of
+    calls is such that it is copied before it is overwritten.
+    """
+    copies, starts, copies_of_starts = [], [], []
+    free = [s for s, number in enumerate(self._slots) if number is None]
+    started, targets = set(), set()
+    while free and self._queue:
+      number = self._queue.popleft()
+      episode = self._episodes[number]
+      prompt = tuple(episode.prompt)
+      holders = {
+          s // self._local: s for s, held in enumerate(self._held)
+          if held == prompt and s not in targets}
+      slot = next((s for s in free if s // self._local in holders), None)
+      source = None if slot is None else holders[slot // self._local]
+      if slot is None:
+        room = collections.Counter(s // self._local for s in free)
+        slot = min(free, key=lambda s: (-room[s // self._local], s))
+      free.remove(slot)
+      self._slots[slot], self._held[slot] = number, prompt
+      episode.slot = slot
+      self._tokens[number, :len(prompt)] = prompt
+      episode.length = len(prompt)
+      if source is None:
+        shared = self._shared(prompt)
+        starts.append((slot, prompt[shared:], shared, None))
+        started.add(slot)
+      else:
+        shared = len(prompt) - 1
+        (copies_of_starts if source in started else copies).append(
+            (slot, prompt[shared:], shared, source))
+        targets.add(slot)
+      self._saved += shared
+      self._run(episode)
+    for rows in self._calls(copies, (1,)):
+      self._state = self._sampler.fork(self._state, rows)
+    for rows in self._calls(starts, self._c._prompts):
+      self._state = self._sampler.start(
+          self._params, self._state, rows, self._prefix)
+    for rows in self._calls(copies_of_starts, (1,)):
+      self._state = self._sampler.fork(self._state, rows)
+
+  def answer(self) -> None:
+    """Appends the observations that are due, and resumes their rows."""
+    appended = []
+    while self._due and self._due[0][0] <= self._tick:
+      _, turns, search = self._due.popleft()
+      self._look()
+      found = iter(search.result())
+      for number, turn in turns:
+        episode = self._episodes[number]
+        episode.last = self._last_turn_is_next(episode)
+        documents = next(found) if turn.query else []
+        ids, shown = self._observation(turn, documents, episode.last)
+        end = episode.length + len(ids)
+        self._tokens[number, episode.length:end] = ids
+        appended.append((episode.slot, ids, episode.length, None))
+        episode.length = end
+        episode.turns.append(dataclasses.replace(
+            turn, documents=shown, observation=self._c._tokenizer.decode(ids)))
+        self._run(episode)
+    for rows in self._calls(appended, self._c._observations):
+      self._state = self._sampler.append(self._params, self._state, rows)
+
+  def gather(self) -> None:
+    """Halves the slots once the last episodes fit into half of them.
+
+    Until then every step pays for the slots that no question is left for.
+    """
+    half = self._local // 2
+    if self._queue or self._local % 2 or half < _FEWEST:
+      return
+    rows = []
+    for first in range(0, len(self._slots), self._local):
+      shard = range(first, first + self._local)
+      live = [s for s in shard if self._slots[s] is not None]
+      if len(live) > half:
+        return
+      idle = sorted(set(shard) - set(live), key=lambda s: (self._bound(s), s))
+      rows += live + idle[:half - len(live)]
+    slots = [self._slots[s] for s in rows]
+    self._left = [self._left[s] for s in rows]
+    self._held = [self._held[s] for s in rows]
+    for slot, number in enumerate(slots):
+      if number is not None:
+        self._episodes[number].slot = slot
+    self._slots, self._local = slots, half
+    # With fewer slots there is one size only, to compile less.
+    self._reserve(self._c._sizes[-1])
+    self._sampler, self._state = self._sampler.shrink(
+        self._state, np.asarray(rows, np.int32))
+
+  def decode(self) -> None:
+    """Dispatches the next chunk, if a row may be running."""
+    if not any(
+        number is not None and self._episodes[number].since is not None
+        for number in self._slots):
+      return
+    self._reserve(max(
+        self._bound(slot, 1) for slot in range(len(self._slots))))
+    self._dispatched()
+    self._state, chunk = self._sampler.decode(
+        self._params, self._state, **self._decoding)
+    for array in jax.tree.leaves(chunk):
+      array.copy_to_host_async()
+    self._flying.append((self._tick, chunk, list(self._slots)))
+
+  def read(self) -> None:
+    """Reads what a chunk wrote: this one's, or with a lag the one before."""
+    newest = self._tick if self._config.lag == 0 else self._tick - 1
+    while self._flying and self._flying[0][0] <= newest:
+      tick, chunk, slots = self._flying.popleft()
+      self._stopped(tick, self._take(tick, jax.device_get(chunk), slots))
+    self._look()
+    self._tick += 1
+
+  def _take(self, tick, chunk, slots) -> list[tuple[int, int]]:
+    """Keeps the tokens of a chunk; returns the episodes that stopped in it."""
+    stopped = []
+    for slot, number in enumerate(slots):
+      if number is None:
         continue
-      end = int(length[row])
-      text = self._tokenizer.decode(tokens[row, episode.length:end])
-      episode.length = end
+      episode = self._episodes[number]
+      if episode.since is None or episode.since > tick:
+        continue  # what the chunk says of it is older
+      count = chunk.count[slot]
+      written = slice(episode.length, episode.length + count)
+      self._tokens[number, written] = chunk.tokens[slot, :count]
+      self._logprobs[number, written] = chunk.logprobs[slot, :count]
+      self._loss_mask[number, written] = 1.0
+      episode.length += int(count)
+      if chunk.stop[slot] != sampler_lib.RUNNING:
+        episode.since = None
+        stopped.append((number, int(chunk.stop[slot])))
+    self._useful += int(chunk.count.sum())
+    self._paid += int(chunk.steps) * len(slots)
+    return stopped
+
+  def _stopped(self, tick, stopped) -> None:
+    """Reads the turns that ended; frees their slots, or starts to search."""
+    turns = []
+    for number, stop in stopped:
+      episode = self._episodes[number]
+      text = self._c._tokenizer.decode(
+          self._tokens[number, episode.start:episode.length])
       action = protocol_lib.parse(text)
       query = None
-      if stop[row] == sampler_lib.SEARCH and action.kind == 'search':
+      if stop == sampler_lib.SEARCH and action.kind == 'search':
         query = action.content
-      if episode.last or stop[row] in (
-          sampler_lib.ANSWER, sampler_lib.EOS):
+      episode.turn_ends.append(
+          episode.length - 1 if stop == sampler_lib.SEARCH else -1)
+      if episode.last or stop in (sampler_lib.ANSWER, sampler_lib.EOS):
         episode.turns.append(types.Turn(text))
-        episode.over = True
+        self._slots[episode.slot] = None
+        self._left[episode.slot] = episode.length
       else:
-        turns[row] = types.Turn(text, query)
+        turns.append((number, types.Turn(text, query)))
+    if turns:
+      search = self._start_search([t.query for _, t in turns if t.query])
+      self._due.append((tick + 1 + self._config.lag, turns, search))
 
-    asked = [row for row, turn in turns.items() if turn.query]
-    found = {}
-    if asked:
-      found = dict(zip(asked, self._search(
-          [turns[row].query for row in asked], self.config.k)))
-    observations: list[list[int]] = [[] for _ in episodes]
-    for row, turn in turns.items():
-      episode = episodes[row]
-      episode.last = self._last_turn_is_next(episode)
-      arguments = dict(last_turn=episode.last, cache=self._cache)
-      if turn.query is None:
-        ids, shown = protocol_lib.warning_tokens(
-            self._protocol, self._tokenizer, self.config.observation_length,
-            **arguments)
-      else:
-        ids, shown = protocol_lib.observation_tokens(
-            self._protocol, self._tokenizer, found.get(row, []),
-            self.config.observation_length, **arguments)
-      observations[row] = ids
-      episode.length += len(ids)
-      episode.turns.append(dataclasses.replace(
-          turn, documents=shown, observation=self._tokenizer.decode(ids)))
-    return observations
+  def _start_search(self, queries) -> futures.Future:
+    """Searches, in a thread where the device goes on meanwhile."""
+    result = futures.Future()
+
+    def search():
+      start = time.perf_counter()
+      try:
+        found = self._c._search(queries, self._config.k) if queries else []
+        self._retrieval += time.perf_counter() - start
+        result.set_result(found)
+      except BaseException as error:  # raised where it is waited for
+        result.set_exception(error)
+
+    if queries and self._config.lag:
+      # A daemon: an engine that hangs must not keep the process alive.
+      threading.Thread(target=search, daemon=True).start()
+    else:
+      search()
+    return result
+
+  def _observation(self, turn, documents, last):
+    c = self._c
+    arguments = dict(last_turn=last, cache=c._cache)
+    if turn.query is None:
+      return protocol_lib.warning_tokens(
+          c._protocol, c._tokenizer, self._config.observation_length,
+          **arguments)
+    return protocol_lib.observation_tokens(
+        c._protocol, c._tokenizer, documents, self._config.observation_length,
+        **arguments)
 
   def _last_turn_is_next(self, episode) -> bool:
     """Whether turns or tokens are spent up to one answer.
@@ -202,25 +437,147 @@ class Collector:
     Another search is granted only if after it a whole answer would still fit,
     so that the forced last turn always has its full budget.
     """
-    config = self.config
+    config = self._config
     room = config.max_length - episode.length - config.observation_length
     needed = config.response_length * 2 + config.observation_length
     return len(episode.turns) + 1 >= config.max_turns or room < needed
 
+  def _run(self, episode) -> None:
+    episode.since = self._tick
+    episode.start = episode.length
+    episode.limit = episode.length + self._config.response_length
 
-@dataclasses.dataclass
-class _Episode:
-  """What the host knows of a row."""
+  def _shared(self, prompt) -> int:
+    """Tokens that a prompt has of the common prefix."""
+    prefix = self._c._prefix
+    count = min(len(prefix), len(prompt) - 1)
+    same = prefix[:count] == prompt[:count]
+    return count if np.all(same) else int(np.argmin(same))
 
-  length: int  # tokens so far
-  turns: list[types.Turn] = dataclasses.field(default_factory=list)
-  last: bool = False  # the next turn is the forced last one
-  over: bool = False
+  def _bound(self, slot, chunks=0) -> int:
+    """Tokens that a slot may have, after so many more chunks."""
+    number = self._slots[slot]
+    if number is None:
+      return self._left[slot]
+    episode = self._episodes[number]
+    if episode.since is None:
+      return episode.length
+    ahead = self._config.chunk * (len(self._flying) + chunks)
+    return min(episode.length + ahead, episode.limit)
+
+  def _reserve(self, size) -> None:
+    """Lets the cache grow to a size that is compiled for."""
+    if size > self._size:
+      self._size = _rung(self._c._sizes, size)
+      self._state = self._sampler.grow(self._state, self._size)
+
+  def _calls(self, fed, widths) -> Iterator[sampler_lib.Rows]:
+    """Groups (slot, tokens, position, source) by width, some rows a call."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in fed:
+      groups[_rung(widths, len(row[1]))][row[0] // self._local].append(row)
+    shards = range(len(self._slots) // self._local)
+    for width, waiting in sorted(groups.items()):
+      most = max(1, min(
+          self._local // sampler_lib.WAITING, self._c._feed // width))
+      while any(waiting.values()):
+        rows, size = [], 0
+        for shard in shards:
+          mine = waiting[shard][:most]
+          del waiting[shard][:most]
+          size = max([size, *(at + width for _, _, at, _ in mine)])
+          taken = {row[0] for row in mine}
+          first = shard * self._local
+          # The shortest others, behind which there is room.
+          others = sorted(
+              set(range(first, first + self._local)) - taken,
+              key=lambda s: (self._bound(s), s))[:most - len(mine)]
+          size = max([size, *(self._bound(s) + width for s in others)])
+          rows += mine
+          rows += [(s, (), 0, None) for s in others]
+        self._useful += sum(len(ids) for _, ids, _, _ in rows)
+        self._paid += len(rows) * width
+        self._reserve(size)
+        self._dispatched()
+        yield self._rows(rows, width)
+
+  def _rows(self, rows, width) -> sampler_lib.Rows:
+    slots, ids, shared, source = zip(*rows)
+    tokens, count = _pad(ids, width, self._c._tokenizer.pad_id)
+    array = lambda values: np.asarray(list(values), np.int32)
+    return sampler_lib.Rows(
+        slot=array(slots), active=count > 0, tokens=tokens, count=count,
+        budget=np.full_like(count, self._config.response_length),
+        episode=array(
+            self._first + (self._slots[s] or 0) for s in slots),
+        shared=array(shared),
+        source=array(
+            slot if s is None else s for slot, s in zip(slots, source)))
+
+  def _look(self) -> None:
+    """Notes since when the device has had nothing to do, as the host sees."""
+    if self._idle_since is None and (
+        not self._flying or self._flying[-1][1].steps.is_ready()):
+      self._idle_since = time.perf_counter()
+
+  def _dispatched(self) -> None:
+    if self._idle_since is not None:
+      self._idle += time.perf_counter() - self._idle_since
+      self._idle_since = None
+
+  def trajectory(self) -> types.Trajectory:
+    """The arrays, on the mesh."""
+    length = np.asarray([episode.length for episode in self._episodes])
+    width = _bucket(int(length.max()), self._config.length_multiple)
+    turn_ends = np.full(
+        (len(self._episodes), self._config.max_turns + 1), -1, np.int32)
+    for row, episode in zip(turn_ends, self._episodes):
+      row[:len(episode.turn_ends)] = episode.turn_ends
+    return sharding.shard_batch(
+        types.Trajectory(
+            tokens=self._tokens[:, :width],
+            token_mask=(
+                np.arange(width)[None] < length[:, None]).astype(np.float32),
+            loss_mask=self._loss_mask[:, :width],
+            logprobs=self._logprobs[:, :width], turn_ends=turn_ends),
+        self._c._mesh)
+
+  def transcripts(self) -> list[types.Transcript]:
+    """The texts."""
+    return [
+        types.Transcript(
+            self._c._tokenizer.decode(episode.prompt), tuple(episode.turns))
+        for episode in self._episodes]
+
+  def metrics(self) -> dict[str, float]:
+    """Figures of the call.
+
+    Returns:
+      `rollout/slot_utilisation`: tokens that were sampled or fed, by row-steps
+      that were paid for, padding and idle slots included;
+      `rollout/prefill_tokens_saved`: of prompts, copied instead of computed;
+      seconds: `time/retrieval` in the engine, `time/device_idle` with nothing
+      dispatched, `time/weights` for the copy that decodes.
+    """
+    return {
+        'rollout/slot_utilisation': self._useful / max(self._paid, 1),
+        'rollout/prefill_tokens_saved': float(self._saved),
+        'time/retrieval': self._retrieval,
+        'time/device_idle': self._idle,
+        'time/weights': self._weights_time,
+    }
 
 
-@jax.jit
-def _fold(key, episodes):
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(episodes)
+def _ladder(limit: int, factor: int, least: int) -> list[int]:
+  """Widths up to a limit, each the next one's by the factor, for padding."""
+  rungs = [limit]
+  while rungs[0] > least:
+    rungs.insert(0, max(_bucket(-(-rungs[0] // factor), 8), least))
+  return rungs
+
+
+def _rung(ladder: Sequence[int], length: int) -> int:
+  return next(rung for rung in ladder if rung >= length)
 
 
 def _bucket(length: int, multiple: int) -> int:
@@ -234,22 +591,13 @@ def _pad(rows, width, pad):
   return tokens, np.asarray([len(ids) for ids in rows], np.int32)
 
 
-def _trajectory(state, width, pad) -> types.Trajectory:
-  inside = jnp.arange(width)[None] < state.length[:, None]
-  return types.Trajectory(
-      tokens=jnp.where(inside, state.tokens[:, :width], pad),
-      token_mask=inside.astype(jnp.float32),
-      loss_mask=state.loss_mask[:, :width],
-      logprobs=state.logprobs[:, :width],
-      turn_ends=state.turn_ends)
-
-
 def _check(config: Config, minimum: int) -> None:
-  for field in ('max_turns', 'k', 'prompt_length', 'response_length',
-                'length_multiple'):
+  for field, least in dict(
+      max_turns=1, k=1, prompt_length=1, response_length=1, length_multiple=1,
+      chunk=1, slots=0, lag=0).items():
     value = getattr(config, field)
-    if value < 1:
-      raise ValueError(f'config.rollout.{field} = {value}: at least 1.')
+    if value < least:
+      raise ValueError(f'config.rollout.{field} = {value}: at least {least}.')
   if config.observation_length < minimum:
     raise ValueError(
         f'config.rollout.observation_length = {config.observation_length} '

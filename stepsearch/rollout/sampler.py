@@ -1,13 +1,18 @@
-"""On-device sampling: prefill, append, and decode until every row has stopped.
+"""On-device sampling: B slots that start, resume and stop on their own.
 
-Tokens in, tokens out; text never comes here. Rows are left-aligned and
-independent: a row's sample depends on its own tokens, its key and the absolute
-position only. A row's last token is *pending*: it is in `tokens` but not yet in
-the cache, and is fed by whatever comes next. So neither prefill nor append
-computes a logit.
+    prefix ─▶ start ─▶ [decode a chunk ─▶ append]* ─▶ start the next episode
+                 ╰── fork: another episode with the same prompt
 
-When a row has stopped is told by a stop table, an automaton over tokens whose
-states 1 and 2 say that a closing search or answer tag has been completed.
+Tokens in, tokens out; text never comes here. Slots are independent: a sample
+depends on the row's own tokens, the step's key, the episode's number and the
+absolute position only, never on the slot, its neighbours or the chunk. A row's
+last token is *pending*: known, but not yet in the cache, and fed by whatever
+comes next. So neither start nor append computes a logit.
+
+What has been written leaves with every chunk; the device keeps only what the
+next token needs. When a row has stopped is told by a stop table, an automaton
+over tokens whose states 1 and 2 say that a closing search or answer tag has
+been completed.
 """
 
 from __future__ import annotations
@@ -19,199 +24,398 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
+from stepsearch import sharding
+from stepsearch.models import cache as cache_lib
 from stepsearch.models import qwen
 
 # Why a row is not decoding.
 RUNNING, SEARCH, ANSWER, EOS, BUDGET = range(5)
+# A chunk ends early once one in so many slots has stopped in it.
+WAITING = 8
 
 
 @struct.dataclass
 class State:
-  """B episodes in flight; S positions, R turns."""
+  """B slots; S positions."""
 
-  tokens: jax.Array  # [B, S] int32
+  pending: jax.Array  # [B] int32, the last token, not yet in the cache
   length: jax.Array  # [B] int32, tokens of each row, the pending one included
-  loss_mask: jax.Array  # [B, S] float32, 1 iff sampled here
-  logprobs: jax.Array  # [B, S] float32, log-softmax(logits / temperature)
-  turn_ends: jax.Array  # [B, R] int32, where search turn r was closed, or -1
+  limit: jax.Array  # [B] int32, the length at which the turn's budget is spent
+  automaton: jax.Array  # [B] int32, state of the stop table
   stop: jax.Array  # [B] int32, one of the codes above
-  cache: qwen.Cache  # [L, B, K, S, H], length - 1 valid entries a row
+  episode: jax.Array  # [B] int32, global index of the episode
+  cache: cache_lib.Cache  # length - 1 valid entries a row
+
+
+@struct.dataclass
+class Rows:
+  """n slots that a call is about, made on the host.
+
+  With several shards (the mesh's batch axes) the j-th of equal parts of the
+  rows lies in the j-th of equal parts of the slots. Slots are distinct; those
+  of rows that are not active are left as they are.
+  """
+
+  slot: Any  # [n] int32
+  active: Any  # [n] bool
+  tokens: Any  # [n, C] int32, left-aligned: what is fed
+  count: Any  # [n] int32, of them
+  budget: Any  # [n] int32, tokens that the policy may then write
+  # Of `start` and `fork` only:
+  episode: Any = None  # [n] int32
+  shared: Any = None  # [n] int32, positions that are copied, not computed
+  source: Any = None  # [n] int32, slot that they are copied from (`fork`)
+
+
+@struct.dataclass
+class Chunk:
+  """What one call of `decode` wrote: at most K tokens a row."""
+
+  tokens: jax.Array  # [B, K] int32
+  logprobs: jax.Array  # [B, K] float32, log-softmax(logits / temperature)
+  count: jax.Array  # [B] int32, tokens of each row
+  stop: jax.Array  # [B] int32
+  steps: jax.Array  # [] int32, decoding steps that were run
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
   """Compiled sampling for one model shape; hashable, holds no arrays.
 
-  `size` is S, the positions of the cache. It must hold every row's tokens plus
-  the longest appended chunk, since a chunk is written whole, padding included.
+  S, the positions of the cache, is that of the state, and grows as needed
+  (`grow`). It must hold every row's tokens, and behind those of each row of a
+  call the chunk that is fed, since that is written whole, padding included.
   """
 
   model: qwen.Config
-  size: int
-  turns: int  # R
+  mesh: jax.sharding.Mesh
+  slots: int  # B, a multiple of `shards`
   eos_ids: tuple[int, ...]  # any of them ends an episode
-  mesh: jax.sharding.Mesh | None = None
   top_k: int = 0  # 0 = off
   top_p: float = 1.0  # 1 = off
 
-  def prefill(self, params: Any, tokens: Any, length: Any) -> State:
-    """Starts episodes from prompts.
+  @property
+  def shards(self) -> int:
+    """Parts that the slots are split into."""
+    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
-    Args:
-      params: actor parameters.
-      tokens: [B, P] int32, left-aligned prompts, at least one token each.
-      length: [B] int32.
+  @property
+  def unrolled(self) -> bool:
+    """Whether layers are unrolled; as `models.cache` says, not on TPU."""
+    return self.mesh.devices.flat[0].platform != 'tpu'
+
+  def weights(self, params: Any) -> Any:
+    """The actor's parameters as decoding wants them, a copy.
+
+    In the computation's dtype, but for the scales of the norms, which are
+    multiplied in float32; split over `tensor` as in training and whole
+    otherwise, so that no step gathers anything; layers unrolled or stacked.
     """
-    return _prefill(self, params, jnp.asarray(tokens), jnp.asarray(length))
+    return _weights(self, params)
 
-  def append(self, params: Any, state: State, chunk: Any, length: Any) -> State:
-    """Appends tokens that the actor did not sample (observations).
+  def empty(self, size: int) -> State:
+    """Slots without episodes, of `size` positions."""
+    return _empty(self, size)
+
+  def grow(self, state: State, size: int) -> State:
+    """The state with a cache of `size` positions, more than it has."""
+    return _grow(self, size, state)
+
+  def shrink(self, state: State, rows: Any) -> tuple[Sampler, State]:
+    """Keeps some slots only.
 
     Args:
-      params: actor parameters.
+      state: B slots.
+      rows: [n] int32, the slots to be kept, as of `Rows`.
+
+    Returns:
+      the sampler and the state of n slots.
+    """
+    sampler = dataclasses.replace(self, slots=len(rows))
+    return sampler, _shrink(sampler, state, rows)
+
+  def prefix(self, params: Any, tokens: Any) -> cache_lib.Cache:
+    """Entries of tokens [P] that all prompts begin with, for one row.
+
+    Args:
+      params: from `weights`, as everywhere below.
+      tokens: [P] int32, at least one.
+    """
+    return _prefix(self, params, jnp.asarray(tokens, jnp.int32))
+
+  def start(
+      self, params: Any, state: State, rows: Rows,
+      prefix: cache_lib.Cache | None,
+  ) -> State:
+    """Starts episodes: `shared` positions from `prefix`, then `tokens`.
+
+    Args:
+      params: from `weights`.
       state: donated.
-      chunk: [B, C] int32, left-aligned.
-      length: [B] int32, 0 for rows that get nothing; the others run again.
+      rows: at least one token each.
+      prefix: from `prefix`; None: nothing is shared.
     """
-    return _append(self, params, state, jnp.asarray(chunk), jnp.asarray(length))
+    return _start(self, params, state, rows, prefix)
+
+  def fork(self, state: State, rows: Rows) -> State:
+    """Starts episodes whose prompt another slot holds: nothing is computed.
+
+    Args:
+      state: donated.
+      rows: `shared` positions are taken from `source`; `tokens` [n, 1] is the
+        last of the prompt.
+    """
+    return _fork(self, state, rows)
+
+  def append(self, params: Any, state: State, rows: Rows) -> State:
+    """Appends tokens that the actor did not sample, and resumes the rows.
+
+    Args:
+      params: from `weights`.
+      state: donated.
+      rows: at least one token each.
+    """
+    return _append(self, params, state, rows)
 
   def decode(
-      self, params: Any, state: State, table: jax.Array, keys: jax.Array,
-      turn: int, budget: int, temperature: float | jax.Array, *,
+      self, params: Any, state: State, table: jax.Array, key: jax.Array,
+      temperature: float | jax.Array, steps: int, *,
       greedy: bool = False,
-  ) -> State:
-    """Samples until every running row has stopped or spent its budget.
+  ) -> tuple[State, Chunk]:
+    """Samples up to `steps` tokens a row.
+
+    It ends early when no row runs, or one in `WAITING` has stopped.
 
     Args:
-      params: actor parameters.
-      state: donated; rows whose stop code is not RUNNING stay as they are.
+      params: from `weights`.
+      state: donated.
       table: [A, V] int, the stop table (`protocol.stop_table`): the automaton's
         next state; a row starts in 0, SEARCH and ANSWER are completed tags.
-      keys: [B] PRNG keys of the rows; the token at absolute position t is
-        drawn with `fold_in(key, t)`.
-      turn: index of this turn, the column of `turn_ends` that is filled.
-      budget: tokens that a row may write now.
+      key: of the step; the token at absolute position t of episode e is drawn
+        with `fold_in(fold_in(key, e), t)`.
       temperature: the logits are divided by it, for sampling and log-probs.
+      steps: K; the cache has to hold that many more of every running row, or
+        what is left of its budget.
       greedy: take the most likely token instead.
     """
     return _decode(
-        self, params, state, table, keys, jnp.int32(turn), jnp.int32(budget),
+        self, steps, params, state, table, key,
         jnp.float32(temperature), jnp.bool_(greedy))
 
+  def _feed(self, params, tokens, cache, start, rows=None, fresh=False):
+    return qwen.feed(
+        self.model, self.mesh, params, tokens, cache, start, rows, self.shards,
+        fresh)
 
-def _model(sampler, params, tokens, start, cache=None):
-  steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-  positions = start[:, None] + steps[None]
-  return qwen.Qwen(sampler.model, sampler.mesh).apply(
-      {'params': params}, tokens, positions, cache,
-      None if cache is None else start)
+
+def _layout(sampler) -> State:
+  """`NamedSharding`s of a state."""
+  rows = sharding.rows(sampler.mesh)
+  axes = (sharding.BATCH, sharding.RULES['kv_heads'], None, None)
+  if sampler.unrolled:
+    entries = (NamedSharding(sampler.mesh, PartitionSpec(*axes)),
+               ) * sampler.model.layers
+  else:
+    entries = NamedSharding(sampler.mesh, PartitionSpec(None, *axes))
+  return State(
+      rows, rows, rows, rows, rows, rows, cache_lib.Cache(entries, entries))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(sampler, size):
+  zeros = jnp.zeros((sampler.slots,), jnp.int32)
+  return jax.lax.with_sharding_constraint(
+      State(
+          pending=zeros, length=zeros + 1, limit=zeros, automaton=zeros,
+          stop=zeros + EOS, episode=zeros,
+          cache=qwen.empty_cache(
+              sampler.model, sampler.slots, size, sampler.unrolled)),
+      _layout(sampler))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _grow(sampler, size, state):
+  cache = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [
+          (0, size - x.shape[-2]), (0, 0)]), state.cache)
+  return jax.lax.with_sharding_constraint(
+      state.replace(cache=cache), _layout(sampler))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(sampler, params, tokens, length):
-  batch, width = tokens.shape
-  zeros = jnp.zeros((batch,), jnp.int32)
-  _, new = _model(sampler, params, tokens, zeros)
-  cache = qwen.write(
-      qwen.empty_cache(sampler.model, batch, sampler.size), new, zeros)
-  pad = ((0, 0), (0, sampler.size - width))
-  return State(
-      tokens=jnp.pad(tokens.astype(jnp.int32), pad),
-      length=length.astype(jnp.int32),
-      loss_mask=jnp.zeros((batch, sampler.size), jnp.float32),
-      logprobs=jnp.zeros((batch, sampler.size), jnp.float32),
-      turn_ends=jnp.full((batch, sampler.turns), -1, jnp.int32),
-      stop=jnp.full((batch,), RUNNING, jnp.int32),
-      cache=cache)
+def _shrink(sampler, state, rows):
+  cache = cache_lib.pick(state.cache, rows, sampler.shards)
+  state = jax.tree.map(lambda x: x[rows], state.replace(cache=None))
+  return jax.lax.with_sharding_constraint(
+      state.replace(cache=cache), _layout(sampler))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _append(sampler, params, state, chunk, length):
-  rows = jnp.arange(chunk.shape[0])
-  start = state.length - 1
-  pending = state.tokens[rows, start]
-  fed = jnp.concatenate([pending[:, None], chunk[:, :-1]], axis=1)
-  _, new = _model(sampler, params, fed, start, state.cache)
-  cache = qwen.write(state.cache, new, start)
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(sampler, params):
+  dtype = jnp.dtype(sampler.model.dtype)
 
-  def put(row, fresh, position, count):
-    old = jax.lax.dynamic_slice(row, (position,), fresh.shape)
-    keep = jnp.arange(fresh.shape[0]) < count
-    return jax.lax.dynamic_update_slice(
-        row, jnp.where(keep, fresh, old), (position,))
+  def place(path, x, axes):
+    if path[-1].key != 'scale':
+      x = x.astype(dtype)
+    spec = PartitionSpec(*(
+        'tensor' if name is not None and sharding.RULES[name] == 'tensor'
+        else None for name in axes))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(sampler.mesh, spec))
+
+  params = jax.tree_util.tree_map_with_path(
+      place, params, qwen.axes(sampler.model)[0])
+  return qwen.unroll(params) if sampler.unrolled else params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix(sampler, params, tokens):
+  cache = qwen.empty_cache(sampler.model, 1, tokens.shape[0], sampler.unrolled)
+  return sampler._feed(
+      params, tokens[None], cache, jnp.zeros((1,), jnp.int32),
+      fresh=True)[1]
+
+
+def _resume(state, rows, pending, length, cache, episode=None):
+  """The state once the rows run again."""
+
+  def put(old, new):
+    new = jnp.where(rows.active, new, old[rows.slot])
+    return old.at[rows.slot].set(new.astype(old.dtype))
 
   return state.replace(
-      tokens=jax.vmap(put)(state.tokens, chunk, state.length, length),
-      length=state.length + length,
-      stop=jnp.where(length > 0, RUNNING, state.stop),
+      pending=put(state.pending, pending), length=put(state.length, length),
+      limit=put(state.limit, length + rows.budget),  # of this turn
+      automaton=put(state.automaton, 0), stop=put(state.stop, RUNNING),
+      episode=(
+          state.episode if episode is None else put(state.episode, episode)),
       cache=cache)
 
 
+def _last(rows):
+  return jnp.take_along_axis(
+      rows.tokens, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)[:, 0]
+
+
+def _copy(sampler, cache, rows, entries):
+  """Puts entries [n or 1, K, P, H] at the beginning of the active rows."""
+  size = jax.tree.leaves(entries)[0].shape[-2]
+  old = cache_lib.pick(
+      jax.tree.map(lambda x: x[..., :size, :], cache), rows.slot,
+      sampler.shards)
+  active = rows.active[:, None, None, None]
+  entries = jax.tree.map(
+      lambda x, y: jnp.where(
+          jnp.expand_dims(active, tuple(range(y.ndim - 4))), x, y),
+      entries, old)
+  return cache_lib.write(
+      cache, entries, jnp.zeros_like(rows.slot), rows.slot, sampler.shards)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(sampler, params, state, table, keys, turn, budget, temperature,
+def _start(sampler, params, state, rows, prefix):
+  cache = state.cache
+  if prefix is not None:
+    cache = _copy(sampler, cache, rows, prefix)
+  # What is not active writes behind its last entry.
+  start = jnp.where(rows.active, rows.shared, state.length[rows.slot] - 1)
+  _, cache = sampler._feed(
+      params, rows.tokens, cache, start, rows.slot, fresh=prefix is None)
+  return _resume(
+      state, rows, _last(rows), start + rows.count, cache, rows.episode)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _fork(sampler, state, rows):
+  entries = cache_lib.pick(state.cache, rows.source, sampler.shards)
+  cache = _copy(sampler, state.cache, rows, entries)
+  return _resume(
+      state, rows, _last(rows), rows.shared + rows.count, cache, rows.episode)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _append(sampler, params, state, rows):
+  start = state.length[rows.slot] - 1
+  fed = jnp.concatenate(
+      [state.pending[rows.slot][:, None], rows.tokens[:, :-1]], axis=1)
+  _, cache = sampler._feed(params, fed, state.cache, start, rows.slot)
+  return _resume(state, rows, _last(rows), start + 1 + rows.count, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(sampler, steps, params, state, table, key, temperature,
             greedy):
-  rows = jnp.arange(state.length.shape[0])
-  limit = jnp.minimum(state.length + budget, sampler.size - 1)
-  automaton = jnp.zeros_like(state.length)
   matrix = qwen.unembedding(params)
   ends = jnp.asarray(sampler.eos_ids, jnp.int32)
+  before = jnp.sum(state.stop != RUNNING)
+  enough = max(sampler.slots // WAITING, 1)
+  chunk = Chunk(
+      tokens=jnp.zeros((sampler.slots, steps), jnp.int32),
+      logprobs=jnp.zeros((sampler.slots, steps), jnp.float32),
+      count=jnp.zeros_like(state.length), stop=state.stop, steps=jnp.int32(0))
 
-  def running(carry):
-    state, _ = carry
-    return jnp.any(state.stop == RUNNING)
+  def going_on(carry):
+    state, chunk = carry
+    running = state.stop == RUNNING
+    stopped = jnp.sum(~running) - before
+    return jnp.any(running) & (chunk.steps < steps) & (stopped < enough)
 
   def step(carry):
-    state, automaton = carry
+    state, chunk = carry
     active = state.stop == RUNNING
-    start = state.length - 1
-    pending = state.tokens[rows, start]
-    hidden, new = _model(
-        sampler, params, pending[:, None], start, state.cache)
+    hidden, cache = sampler._feed(
+        params, state.pending[:, None], state.cache, state.length - 1)
     logits = jnp.einsum(
         'bd,dv->bv', hidden[:, 0], matrix.astype(hidden.dtype),
         preferred_element_type=jnp.float32) / temperature
-    logprobs = jax.nn.log_softmax(logits)
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
+    odds = jnp.exp(logits)
     draws = jax.vmap(
-        lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
-            keys, state.length)
-    token = jnp.where(
-        greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        draw(logprobs, draws, sampler.top_k, sampler.top_p))
-    logprob = logprobs[rows, token]
+        lambda episode, t: jax.random.uniform(
+            jax.random.fold_in(jax.random.fold_in(key, episode), t)))(
+                state.episode, state.length)
+    token = jax.lax.cond(
+        greedy,
+        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        lambda: draw(odds, draws, sampler.top_k, sampler.top_p))
+    logprob = jnp.take_along_axis(
+        logits, token[:, None], axis=1)[:, 0] - jnp.log(jnp.sum(odds, axis=-1))
 
-    after = table[automaton, token].astype(jnp.int32)
+    automaton = table[state.automaton, token].astype(jnp.int32)
     length = state.length + active
     stop = jnp.where(
-        (after == SEARCH) | (after == ANSWER), after,
+        (automaton == SEARCH) | (automaton == ANSWER), automaton,
         jnp.where(
             jnp.any(token[:, None] == ends[None], axis=-1), EOS,
-            jnp.where(length >= limit, BUDGET, RUNNING)))
+            jnp.where(length >= state.limit, BUDGET, RUNNING)))
     stop = jnp.where(active, stop, state.stop)
-    put = lambda x, y: x.at[rows, state.length].set(
-        jnp.where(active, y, x[rows, state.length]))
-    closed = active & (stop == SEARCH)
-    turn_ends = state.turn_ends.at[:, turn].set(
-        jnp.where(closed, state.length, state.turn_ends[:, turn]))
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(
+        x, jnp.where(active, y, 0), chunk.steps, 1)
+    chunk = chunk.replace(
+        tokens=put(chunk.tokens, token), logprobs=put(chunk.logprobs, logprob),
+        count=chunk.count + active, stop=stop, steps=chunk.steps + 1)
     state = state.replace(
-        tokens=put(state.tokens, token),
-        loss_mask=put(state.loss_mask, 1.0),
-        logprobs=put(state.logprobs, logprob),
-        length=length, turn_ends=turn_ends, stop=stop,
-        cache=qwen.write(state.cache, new, start))
-    return state, after
+        pending=jnp.where(active, token, state.pending), length=length,
+        automaton=automaton, stop=stop, cache=cache)
+    return state, chunk
 
-  return jax.lax.while_loop(running, step, (state, automaton))[0]
+  return jax.lax.while_loop(going_on, step, (state, chunk))
 
 
 def draw(
-    logprobs: jax.Array, uniform: jax.Array, top_k: int, top_p: float
+    odds: jax.Array, uniform: jax.Array, top_k: int, top_p: float
 ) -> jax.Array:
   """Inverse-CDF draw of one token a row from one uniform number a row.
 
+  The sum over the vocabulary is taken in blocks: first the block is found, then
+  the token in it, so that only one block a row is summed cumulatively.
+
   Args:
-    logprobs: [B, V] float32, normalised.
+    odds: [B, V] float32, probabilities up to a factor a row.
     uniform: [B] float32 in [0, 1).
     top_k: keep the k most likely tokens (ties are kept); 0 = all.
     top_p: then keep the smallest set of most likely tokens that holds this
@@ -220,19 +424,34 @@ def draw(
   Returns:
     [B] int32.
   """
-  probs = jnp.exp(logprobs)
-  size = logprobs.shape[-1]
+  probs, size = odds, odds.shape[-1]
   if 0 < top_k < size:
     counts = jnp.full(probs.shape[:1], top_k, jnp.float32)
     probs = _keep(probs, jnp.ones_like(probs), counts)
   if top_p < 1.0:
     probs = _keep(probs, probs, top_p * jnp.sum(probs, axis=-1))
-  cumulative = jnp.cumsum(probs, axis=-1)
-  target = uniform * cumulative[:, -1]
-  token = jnp.sum(cumulative <= target[:, None], axis=-1)
-  # Rounding can carry the target past the last kept token.
-  last = size - 1 - jnp.argmax(jnp.flip(probs > 0, axis=-1), axis=-1)
-  return jnp.minimum(token, last).astype(jnp.int32)
+  probs = jnp.pad(probs, ((0, 0), (0, -size % BLOCK)))
+  blocks = probs.reshape(probs.shape[0], -1, BLOCK)
+  mass = jnp.sum(blocks, axis=-1)
+  upto = jnp.cumsum(mass, axis=-1)
+  target = uniform * upto[:, -1]
+  block = _at(upto, mass, target)[:, None]
+  rest = target - (
+      jnp.take_along_axis(upto - mass, block, axis=1)[:, 0])
+  inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+  token = _at(jnp.cumsum(inside, axis=-1), inside, jnp.maximum(rest, 0.0))
+  return block[:, 0] * BLOCK + token
+
+
+BLOCK = 128  # tokens
+
+
+def _at(cumulative, mass, target):
+  """Index of the entry in which the target falls, one with mass."""
+  index = jnp.sum(cumulative <= target[:, None], axis=-1)
+  # Rounding can carry the target past the last entry that has any.
+  last = mass.shape[-1] - 1 - jnp.argmax(jnp.flip(mass > 0, axis=-1), axis=-1)
+  return jnp.minimum(index, last).astype(jnp.int32)
 
 
 def _keep(probs, measure, wanted):
@@ -253,6 +472,6 @@ def _keep(probs, measure, wanted):
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
   low = jnp.zeros(probs.shape[:1], jnp.int32)
-  high = jnp.full_like(low, np.float32(2.0).view(np.int32))
+  high = jnp.full_like(low, np.float32(np.inf).view(np.int32))
   low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
   return jnp.where(bits >= low[:, None], probs, 0.0)
