@@ -11,6 +11,7 @@ def get_config(arg=''):
   config.algorithm = 'steppo'  # steppo | ppo: the reward of the answer alone
   config.num_steps = 500
   config.batch_size = 256  # episodes a step
+  config.rollouts_per_question = 1
   config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1: what is left
   config.tokenizer = ''  # folder or tokenizer.json; '' = the world's own words
   config.tensorboard = True
@@ -49,7 +50,9 @@ def get_config(arg=''):
       passage_prefix=config_dict.placeholder(str),
       index='auto',  # auto | scann | exact
       directory='',  # '' = <workdir>/index
-      factory=''))  # 'package.module:function' of a user's own engine
+      factory='',  # 'package.module:function' of a user's own engine, of which
+      timeout=30.0, retries=2,  # seconds a call, calls after one that fails
+      give_up=60.0))  # seconds without an answer that stop the run
 
   config.rollout = ConfigDict(dict(
       protocol='full',  # full | short: the texts around the turns

@@ -264,12 +264,18 @@ def _check(config, training, card):
       ('warmup.batch_size', 1), ('eval.every', 1), ('eval.batch_size', 1),
       ('checkpoint.every', 1), ('checkpoint.keep_latest', 1),
       ('checkpoint.keep_best', 0), ('data.train_questions', int(made)),
-      ('data.eval_questions', int(made)), ('demonstrations.count', 1)):
+      ('data.eval_questions', int(made)), ('demonstrations.count', 1),
+      ('rollouts_per_question', 1), ('retriever.timeout', 0.001),
+      ('retriever.retries', 0), ('retriever.give_up', 0)):
     value = config
     for name in field.split('.'):
       value = value[name]
     config_lib.require(
         value >= least, field, value, f'must be at least {least}.')
+  config_lib.require(
+      config.batch_size % config.rollouts_per_question == 0,
+      'rollouts_per_question', config.rollouts_per_question,
+      f'must divide batch_size = {config.batch_size}, the episodes of a step.')
   for section, prefix in (
       ('data', 'train_'), ('data', 'eval_'), ('demonstrations', '')):
     hops = config[section][f'{prefix}hops']
@@ -424,7 +430,8 @@ def _retriever(config, corpus, workdir, say):
         'name the folder of an encoder.')
   config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
   if c.factory:
-    return retriever_lib.from_factory(c.factory, c)
+    return retriever_lib.from_factory(
+        c.factory, c, timeout=c.timeout, retries=c.retries, give_up=c.give_up)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
   embedder = c.embedder
   if embedder != 'lexical':

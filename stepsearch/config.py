@@ -156,6 +156,8 @@ def main(
         run(load(flags.FLAGS.config, overrides))
       else:
         run()
+    except KeyboardInterrupt:
+      sys.exit(130)  # as a shell reports it
     except Exception as error:  # pylint: disable=broad-except
       if not _is_users(error):
         raise

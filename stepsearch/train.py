@@ -29,6 +29,7 @@ from stepsearch import sharding
 from stepsearch import warmup
 from stepsearch.data import loader
 from stepsearch.models import qwen
+from stepsearch.retrieval import retriever
 from stepsearch.rl import rewards as rewards_lib
 
 # What may differ between the runs of one workdir.
@@ -82,9 +83,10 @@ def train(
   key = jax.random.key(config.seed)
   init_key, rollout_key, update_key, eval_key = (
       jax.random.fold_in(key, i) for i in range(4))
-  examples = loader.Loader(
-      parts.train, config.batch_size, config.seed, jax.process_index(),
-      jax.process_count())
+  each = config.rollouts_per_question
+  questions = loader.Loader(
+      parts.train, config.batch_size // each, config.seed,
+      jax.process_index(), jax.process_count())
   timer = metrics.Timer()
 
   with contextlib.ExitStack() as stack:
@@ -93,6 +95,16 @@ def train(
         keep_best=config.checkpoint.keep_best))
     writer = stack.enter_context(contextlib.closing(
         metrics.Writer(root, config.tensorboard)))
+
+    def interrupted(kind, *_):
+      if kind is KeyboardInterrupt:
+        saved = store.latest()
+        progress.line(
+            'interrupted: the same command '
+            + ('starts anew' if saved is None else f'goes on from step {saved}')
+        )
+
+    stack.push(interrupted)
 
     def evaluated(step, params, ends, record=True):
       """Plays the held-out questions; sampled too, at both ends of the run."""
@@ -117,7 +129,7 @@ def train(
       with timer.section('checkpoint'):
         store.save(
             step, state,
-            {'step': step, 'next_example': step * config.batch_size,
+            {'step': step, 'next_example': step * config.batch_size // each,
              'config': json.loads(config_lib.to_json(config)),
              'model': dataclasses.asdict(parts.model)},
             {'eval/em': found['em']} if found else None)
@@ -170,14 +182,25 @@ def train(
     progress.start(known[-1] if known else None)
     final = None
     for step in range(first, config.num_steps):
-      batch_examples = examples.batch(step)
+      batch_examples = [
+          example for example in questions.batch(step) for _ in range(each)]
       with timer.section('update'):  # the rollout would wait for it anyway
         jax.block_until_ready(state.actor.params)
       start = time.perf_counter()
       with timer.section('rollout'):
-        trajectory, transcripts = parts.collect(
-            state.actor.params, batch_examples,
-            jax.random.fold_in(rollout_key, step))
+        failed = parts.retriever.failed
+        try:
+          trajectory, transcripts = parts.collect(
+              state.actor.params, batch_examples,
+              jax.random.fold_in(rollout_key, step))
+        except retriever.Unavailable as error:
+          if step > last_saved[0]:
+            report_step(delayed.drain())
+            writer.flush(step)
+            saved(step, state, None)
+          raise ValueError(
+              f'{error} What was learnt up to step {step} is saved, and the '
+              'same command goes on from there.') from error
       seconds = time.perf_counter() - start
       with timer.section('reward'):
         scores = parts.score(batch_examples, transcripts)
@@ -194,6 +217,8 @@ def train(
       last = done == config.num_steps
       host[done] = evaluation.rollout_metrics(
           transcripts, scores, int(mask.sum()), seconds)
+      host[done] |= parts.collect.metrics | {
+          'rollout/failed_searches': parts.retriever.failed - failed}
       ready = delayed.push(done, target_metrics | update_metrics)
       report_step(ready)
       found = None

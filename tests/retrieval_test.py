@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -548,12 +549,61 @@ def test_an_engine_that_fails_costs_the_turn_and_not_the_run(capsys):
       return [[Document('1', '', 'x')] * 5 for _ in queries]
 
   flaky = Flaky()
-  patient = retriever.Patient(flaky, waits=(0.0,))
+  patient = retriever.Patient(flaky, retries=1, wait=0)
   assert [len(found) for found in patient.search(['a', 'b'], 2)] == [2, 2]
+  assert patient.failed == 0
   flaky.calls = 0
-  impatient = retriever.Patient(flaky, waits=())
+  impatient = retriever.Patient(flaky, retries=0)
   assert impatient.search(['a', 'b'], 2) == [[], []]
   assert 'no route' in capsys.readouterr().out
+  assert impatient.failed == 2
+
+
+@pytest.mark.parametrize('answer', [
+    lambda queries: [[] for _ in queries[1:]],
+    lambda queries: [['no document'] for _ in queries],
+    lambda queries: time.sleep(5),
+    lambda queries: None])
+def test_short_late_and_foreign_answers_are_failures(answer, capsys):
+  class Engine:
+    calls = 0
+
+    def search(self, queries, k):
+      self.calls += 1
+      return answer(queries)
+
+  engine = Engine()
+  patient = retriever.Patient(engine, timeout=0.2, retries=2, wait=0.01)
+  assert patient.search(['a', 'b', 'c'], 1) == [[], [], []]
+  assert (engine.calls, patient.failed) == (3, 3)
+  assert 'failed 3 times' in capsys.readouterr().out
+
+
+def test_an_engine_that_stays_silent_is_given_up(monkeypatch, capsys):
+  now = [0.0]
+  monkeypatch.setattr(retriever.time, 'monotonic', lambda: now[0])
+
+  class Engine:
+    up = False
+
+    def search(self, queries, k):
+      now[0] += 10
+      if not self.up:
+        raise ConnectionError('no route')
+      return [[] for _ in queries]
+
+  engine = Engine()
+  patient = retriever.Patient(engine, retries=1, wait=0, give_up=45)
+  for _ in range(2):
+    assert patient.search(['a'], 1) == [[]]
+  engine.up = True
+  patient.search(['a'], 1)  # the clock starts anew
+  engine.up = False
+  for _ in range(2):
+    assert patient.search(['a'], 1) == [[]]
+  with pytest.raises(retriever.Unavailable, match='60 seconds.*no route'):
+    patient.search(['a'], 1)
+  assert patient.failed == 5
 
 
 # ---- a real encoder

@@ -26,6 +26,8 @@ from stepsearch import train
 from stepsearch import types
 from stepsearch.models import hf
 from stepsearch.models import qwen
+from stepsearch.retrieval import retriever
+from stepsearch.rollout import collect
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SHARED = _ROOT.parent / 'shared'
@@ -92,6 +94,9 @@ def test_a_run_leaves_what_it_promises(whole, capfd):
       'reward/answer', 'reward/search_key', 'reward/information_gain',
       'reward/redundancy', 'rollout/turns', 'rollout/tokens_per_s',
       'ppo/approx_kl', 'ppo/clip_fraction', 'ppo/sampler_mismatch',
+      'rollout/slot_utilisation', 'rollout/prefill_tokens_saved',
+      'rollout/failed_searches', 'time/retrieval', 'time/device_idle',
+      'time/weights',
       'critic/explained_variance', 'time/rollout', 'time/update'}
   for row in rows[1:]:
     assert promised <= row.keys()
@@ -114,6 +119,27 @@ def test_a_run_leaves_what_it_promises(whole, capfd):
   out, err = capfd.readouterr()
   assert 'finished run of 4 steps' in out and 'EM' in out
   assert not err
+
+
+def test_each_question_is_played_as_often_as_asked(tmp_path, monkeypatch):
+  asked = []
+  real = collect.Collector.__call__
+
+  def noted(self, params, examples, *args, **options):
+    asked.append([example.id for example in examples])
+    return real(self, params, examples, *args, **options)
+
+  monkeypatch.setattr(collect.Collector, '__call__', noted)
+  train.train(
+      _config('rollouts_per_question=4', 'num_steps=1', 'warmup.steps=0'),
+      str(tmp_path))
+  assert any(
+      ids[0] != ids[4] and ids == [ids[0]] * 4 + [ids[4]] * 4 for ids in asked)
+  [_, row] = metrics.read(tmp_path / 'metrics.jsonl')
+  # Six prompts are copies of their neighbours', but for the last token.
+  assert row['rollout/prefill_tokens_saved'] >= 6 * 5
+  with pytest.raises(ValueError, match='rollouts_per_question = 3'):
+    assembly.build(_config('rollouts_per_question=3'), tmp_path)
 
 
 def test_two_steps_and_two_are_four_bitwise(whole, tmp_path, monkeypatch):
@@ -139,21 +165,46 @@ def test_two_steps_and_two_are_four_bitwise(whole, tmp_path, monkeypatch):
     np.testing.assert_array_equal(before, after)
 
 
-def test_a_killed_process_resumes(whole, tmp_path):
+def test_an_engine_that_is_down_stops_the_run_and_loses_nothing(
+    whole, tmp_path, monkeypatch):
+  real, calls = collect.Collector.__call__, []
+
+  def down(*args, **options):
+    calls.append(1)
+    if len(calls) == 6:  # four to evaluate, one for step 1
+      raise retriever.Unavailable('no answer.')
+    return real(*args, **options)
+
+  monkeypatch.setattr(collect.Collector, '__call__', down)
+  with pytest.raises(ValueError, match='up to step 1 is saved'):
+    train.train(_config(), str(tmp_path))
+  assert [row['step'] for row in metrics.read(tmp_path / 'metrics.jsonl')] == [
+      0, 1]
+  train.train(_config(), str(tmp_path))
+  assert _rows(tmp_path) == _rows(whole)
+
+
+def test_an_interrupted_and_a_killed_process_resume(whole, tmp_path):
   command = [
       sys.executable, '-m', 'stepsearch.train', '--config=configs/tiny.py',
       f'--workdir={os.path.relpath(tmp_path, _ROOT)}',
       *(f'--config.{leaf}' for leaf in MICRO)]
   environment = _environment(tmp_path)
-  with subprocess.Popen(
-      command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True) as process:
-    for line in process.stdout:
-      if line.startswith('step 3/4') or line.startswith('step 2/4'):
-        process.send_signal(signal.SIGKILL)
-        break
-    process.wait(timeout=120)
-  assert process.returncode == -signal.SIGKILL
+  for first, sent, code in (
+      ('after warm-up', signal.SIGINT, 130),
+      (('step 2/4', 'step 3/4'), signal.SIGKILL, -signal.SIGKILL)):
+    with subprocess.Popen(
+        command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True) as process:
+      for line in process.stdout:
+        if line.startswith(first):
+          process.send_signal(sent)
+          break
+      out, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    if sent == signal.SIGINT:
+      assert not err
+      assert 'interrupted: the same command' in out
   again = subprocess.run(
       command, cwd=_ROOT, env=environment, capture_output=True, text=True,
       timeout=240, check=False)

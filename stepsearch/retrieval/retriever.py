@@ -11,12 +11,14 @@ and one embedder, named by fingerprints in `index.json`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 import dataclasses
 import hashlib
 import importlib
 import json
 import os
 import pathlib
+import threading
 import time
 from typing import Any, Protocol
 
@@ -41,6 +43,8 @@ class Engine(Protocol):
 
 class Retriever:
   """Dense search over a corpus held in memory."""
+
+  failed = 0  # as of `Patient`
 
   def __init__(
       self,
@@ -233,7 +237,9 @@ def load(
   return Retriever(documents, embedder, loaded)
 
 
-def from_factory(dotted_path: str, config: Any = None) -> Engine:
+def from_factory(
+    dotted_path: str, config: Any = None, **patience: Any
+) -> Patient:
   """Makes a user's own search engine: `factory(config) -> engine`.
 
   The engine's `search(queries, k)` returns one list of `Document` a query,
@@ -243,6 +249,7 @@ def from_factory(dotted_path: str, config: Any = None) -> Engine:
   Args:
     dotted_path: 'package.module:function' or 'package.module.function'.
     config: passed on to the function.
+    **patience: of `Patient`.
 
   Raises:
     ValueError: the path cannot be imported, or what it makes cannot search.
@@ -271,19 +278,44 @@ def from_factory(dotted_path: str, config: Any = None) -> Engine:
         f'{field} returned a {type(engine).__name__} without a method'
         ' search(queries, k) -> list of lists of stepsearch.types.Document.'
     )
-  return Patient(engine)
+  return Patient(engine, **patience)
+
+
+class Unavailable(ValueError):
+  """A search engine has answered nothing for longer than a run waits."""
 
 
 class Patient:
-  """An engine whose failures cost a turn, not the run.
+  """An engine whose failures cost a turn, and only in the end the run.
 
-  A call that raises is repeated after one and two seconds; if it fails for good
-  its queries get no documents, which the rewards count as no information.
+  A call that raises, takes too long or answers other than asked is repeated,
+  each time after twice the wait. If it fails for good its queries get no
+  documents, which the rewards count as no information.
+
+  Attributes:
+    failed: queries so far that got no documents for that reason.
   """
 
-  def __init__(self, engine: Engine, waits: Sequence[float] = (1.0, 2.0)):
+  def __init__(
+      self, engine: Engine, *, timeout: float = 30.0, retries: int = 2,
+      give_up: float = 60.0, wait: float = 1.0,
+  ):
+    """Wraps an engine.
+
+    Args:
+      engine: called by one thread at a time, but for calls that were given up.
+      timeout: seconds that one call may take.
+      retries: calls after the first that fails.
+      give_up: seconds without any answer after which `search` raises.
+      wait: seconds before the first retry.
+    """
     self._engine = engine
-    self._waits = waits
+    self._timeout = timeout
+    self._retries = retries
+    self._give_up = give_up
+    self._wait = wait
+    self._silent_since: float | None = None
+    self.failed = 0
     if hasattr(engine, 'embed'):
       self.embed = engine.embed
 
@@ -293,31 +325,61 @@ class Patient:
     """As the engine's, or an empty list a query.
 
     Raises:
-      ValueError: the engine answered with another number of lists.
+      Unavailable: no call was answered for `give_up` seconds.
     """
-    for wait in (*self._waits, None):
+    start = time.monotonic()
+    for attempt in range(self._retries + 1):
+      if attempt:
+        time.sleep(self._wait * 2 ** (attempt - 1))
       try:
-        found = [list(row)[:k] for row in self._engine.search(queries, k)]
-        break
+        found = self._checked(queries, k)
       except Exception as error:  # whatever a user's engine may raise
         cause = error
-      if wait is not None:
-        time.sleep(wait)
-    else:
-      print(
-          f'search failed {len(self._waits) + 1} times ({cause!r}): '
-          f'{len(queries)} queries get no documents', flush=True)
-      return [[] for _ in queries]
+      else:
+        self._silent_since = None
+        return found
+    self.failed += len(queries)
+    if self._silent_since is None:
+      self._silent_since = start
+    silent = time.monotonic() - self._silent_since
+    if silent >= self._give_up:
+      raise Unavailable(
+          f'the engine of config.retriever.factory has answered nothing for '
+          f'{silent:.0f} seconds, at last {cause!r}: start it again, and look '
+          'at config.retriever.timeout, retries and give_up.')
+    print(
+        f'search failed {self._retries + 1} times ({cause!r}): {len(queries)} '
+        'queries get no documents', flush=True)
+    return [[] for _ in queries]
+
+  def _checked(self, queries, k):
+    result: futures.Future = futures.Future()
+
+    def call():
+      try:
+        result.set_result(self._engine.search(queries, k))
+      except BaseException as error:  # raised where it is waited for
+        result.set_exception(error)
+
+    # A daemon: a call that hangs must not keep the process alive.
+    threading.Thread(target=call, daemon=True).start()
+    try:
+      found = result.result(self._timeout)
+    except futures.TimeoutError as error:
+      if result.done():
+        raise  # the engine's own
+      raise TimeoutError(f'no answer in {self._timeout:g} seconds') from error
+    found = [list(row)[:k] for row in found]
     if len(found) != len(queries):
       raise ValueError(
-          f'the engine of config.retriever.factory gave {len(found)} lists for '
-          f'{len(queries)} queries: it has to return one list a query.')
+          f'{len(found)} lists for {len(queries)} queries: an engine has to '
+          'return one list a query.')
     for row in found:
       for document in row:
         if not isinstance(document, Document):
           raise ValueError(
-              f'the engine of config.retriever.factory gave {document!r}: its '
-              'lists have to hold stepsearch.types.Document.')
+              f'{document!r}: the lists of an engine have to hold '
+              'stepsearch.types.Document.')
     return found
 
 

@@ -87,6 +87,7 @@ class Collector:
     self._tokenizer = tokenizer
     self._protocol = protocol
     self._search = search
+    self._searching = threading.Lock()
     self._mesh = mesh
     self._model = model
     self._feed = _FEED.get(
@@ -405,10 +406,11 @@ class _Play:
     result = futures.Future()
 
     def search():
-      start = time.perf_counter()
       try:
-        found = self._c._search(queries, self._config.k) if queries else []
-        self._retrieval += time.perf_counter() - start
+        with self._c._searching:  # one at a time, whatever the lag
+          start = time.perf_counter()
+          found = self._c._search(queries, self._config.k) if queries else []
+          self._retrieval += time.perf_counter() - start
         result.set_result(found)
       except BaseException as error:  # raised where it is waited for
         result.set_exception(error)
