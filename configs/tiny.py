@@ -44,7 +44,8 @@ def get_config(arg=''):
   config.retriever.dimensions = 1024
   config.rollout.update(dict(
       protocol='short', max_turns=5, k=2, prompt_length=32, response_length=16,
-      observation_length=32, max_length=288, length_multiple=64))
+      observation_length=32, max_length=288, length_multiple=64,
+      chunk=16, lag=0))  # the CPU decodes and searches in turn anyway
   config.ppo.update(dict(
       minibatch_size=16, microbatch_size=4, actor_lr=5e-4, critic_lr=1e-3,
       actor_warmup=0.05, critic_warmup=0.015))

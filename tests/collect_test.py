@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepsearch import protocol
+from stepsearch import sharding
 from stepsearch import types
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect as collect_lib
@@ -442,6 +445,9 @@ def test_other_stop_codes_of_the_sampler_are_the_protocol_s():
         (dict(top_p=0.0), 'top_p = 0.0'),
         (dict(top_p=1.1), 'top_p = 1.1'),
         (dict(top_k=-1), 'top_k = -1'),
+        (dict(chunk=0), 'chunk = 0'),
+        (dict(slots=-1), 'slots = -1'),
+        (dict(lag=-1), 'lag = -1'),
     ],
 )
 def test_impossible_budgets_are_refused(
@@ -481,3 +487,103 @@ def test_slots_chunks_and_lags_play_the_same_episodes_as_lockstep(
   np.testing.assert_allclose(
       trajectory.logprobs, expected.logprobs, atol=1e-5)
   assert 0.2 < collector.metrics['rollout/slot_utilisation'] < 1
+
+
+def test_nothing_is_compiled_once_all_shapes_are_known(
+    model, tokenizer, retriever, mesh, chatty):
+  config = dataclasses.replace(CONFIG, slots=16, chunk=4)
+  collector = collect_lib.Collector(
+      model, config, tokenizer, SHORT, retriever.search, mesh)
+  compiled = []
+
+  def note(event, _, **__):
+    compiled.append('backend_compile' in event)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    collector(chatty, examples(32), jax.random.key(0))
+    assert any(compiled)
+    compiled.clear()
+    for seed in (1, 2, 3):
+      for greedy in (False, True):
+        collector(
+            chatty, examples(20 + seed), jax.random.key(seed), greedy=greedy)
+    assert not any(compiled)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_prompts_share_what_they_have_in_common(
+    model, tokenizer, retriever, chatty, shape):
+  """Copies of the common beginning, and of whole prompts, change nothing."""
+  count = math.prod(shape)
+  if len(jax.devices()) < count:
+    pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
+  mesh = sharding.make_mesh(shape, jax.devices()[:count])
+  config = dataclasses.replace(
+      CONFIG, prompt_length=40, max_length=112, slots=8, chunk=4)
+  long = dataclasses.replace(
+      SHORT, instruction='the mayor of cuna is ' * 4 + '{question}\n')
+  questions = [q for q in QUESTIONS for _ in range(4)]
+  asked = examples(16, questions)
+  results = []
+  for shares in (False, True):
+    collector = collect_lib.Collector(
+        model, config, tokenizer, long, retriever.search, mesh)
+    if shares:
+      collector.prepare(QUESTIONS)
+      assert len(collector._prefix) == 20
+    results.append(collector(chatty, asked, jax.random.key(2)))
+    saved = collector.metrics['rollout/prefill_tokens_saved']
+    if shares:
+      # Each prompt but for one token, or what it has of the beginning.
+      assert saved >= 20 * 16
+      if count == 1:
+        assert saved > 20 * 16 + 8 * 2
+  (expected, texts), (trajectory, transcripts) = results
+  assert transcripts == texts
+  np.testing.assert_array_equal(trajectory.tokens, expected.tokens)
+  np.testing.assert_allclose(
+      trajectory.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize('lag', [0, 1, 3])
+def test_a_search_takes_its_time_while_others_decode(
+    model, tokenizer, retriever, mesh, chatty, lag):
+  """The result does not depend on how long it takes."""
+  delays = iter([0.05, 0.0, 0.02] * 100)
+  active, most = [], []
+
+  def slow(queries, k):
+    active.append(1)
+    most.append(len(active))
+    time.sleep(next(delays))
+    found = retriever.search(queries, k)
+    active.pop()
+    return found
+
+  config = dataclasses.replace(CONFIG, slots=8, chunk=2, lag=lag)
+  found = [
+      collect_lib.Collector(model, config, tokenizer, SHORT, search, mesh)(
+          chatty, examples(16), jax.random.key(4))
+      for search in (retriever.search, slow)]
+  (expected, texts), (trajectory, transcripts) = found
+  assert transcripts == texts
+  jax.tree.map(np.testing.assert_array_equal, trajectory, expected)  # bitwise
+  assert max(most) == 1  # engines need not be thread-safe
+
+
+def test_an_engine_s_error_and_ctrl_c_end_the_call(
+    model, tokenizer, mesh, chatty):
+  for error in (RuntimeError('index gone'), KeyboardInterrupt()):
+    def fails(queries, k, error=error):
+      raise error
+
+    for lag in (0, 1):
+      collector = collect_lib.Collector(
+          model, dataclasses.replace(CONFIG, lag=lag), tokenizer, SHORT, fails,
+          mesh)
+      with pytest.raises(type(error)):
+        collector(
+            chatty, examples(16), jax.random.key(4), first_episode=100)
