@@ -170,51 +170,51 @@ def _plain(q, k, v, cache, cache_length, segments, window):
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
   t = jnp.arange(length)
 
-  def scores(keys, visible):  # [B, K, U, H], [B or 1, T or 1, U]
-    x = _dot('btkgh,bkuh->bkgtu', q, keys)
-    return jnp.where(visible[:, None, None], x * dim**-0.5, MASKED)
-
   def near(distance):
     return (distance < window) | (jnp.asarray(window) <= 0)
 
-  if k is None:
-    at = cache_length[:, None, None] + t[None, :, None]
-    back = at - jnp.arange(cache.k.shape[2])[None, None]
-    visible = back >= 0
+  def joined(*parts):
+    """One softmax over several (keys, values [B, K, U, H], visible).
+
+    Not over one array of all scores: S + T of them would be no multiple of a
+    TPU's lanes, which costs a third of a decoding step.
+    """
+    scores = [
+        jnp.where(
+            visible[:, None, None],  # [B or 1, 1, 1, T or 1, U]
+            _dot('bkgth,bkuh->bkgtu', q, keys) * dim**-0.5, MASKED)
+        for keys, _, visible in parts]
+    top = jax.lax.stop_gradient(functools.reduce(
+        jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores]))
+    weights = [jnp.exp(x - top) for x in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    y = sum(
+        _dot('bkgtu,bkuh->bkgth', w.astype(q.dtype), values)
+        for w, (_, values, _) in zip(weights, parts))
+    y = (y / total).astype(q.dtype).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, length, heads, dim)
+
+  q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+  if cache is not None:
+    cache_length = cache_length[:, None, None]
+    at = cache_length + t[None, :, None]
+    slot = jnp.arange(cache.k.shape[2])[None, None]
+    before = slot < cache_length if k is not None else slot <= at
     if window is not None:
-      visible &= near(back)
-    weights = jax.nn.softmax(scores(cache.k, visible), axis=-1).astype(q.dtype)
-    # In the order of the operands, for which XLA's CPU backend has a kernel.
-    y = _dot('bkgtu,bkuh->bkgth', weights, cache.v).transpose(0, 3, 1, 2, 4)
-    return y.astype(q.dtype).reshape(batch, length, heads, dim)
+      before &= near(at - slot)
+    if k is None:
+      return joined((cache.k, cache.v, before))
 
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as in the cache
   back = (t[:, None] - t[None])[None]
   visible = back >= 0
   if window is not None:
     visible &= near(back)
+  if cache is not None:
+    return joined((cache.k, cache.v, before), (k, v, visible))
   if segments is not None:
     visible &= segments[:, :, None] == segments[:, None]
-  new = scores(k, visible)
-  if cache is None:
-    weights = jax.nn.softmax(new, axis=-1).astype(q.dtype)
-    y = jnp.einsum('bkgtu,bkuh->btkgh', weights, v)
-    return y.reshape(batch, length, heads, dim)
-
-  size = cache.k.shape[2]
-  slot = jnp.arange(size)[None, None]
-  cache_length = cache_length[:, None, None]
-  visible = slot < cache_length
-  if window is not None:
-    visible &= near(cache_length + t[None, :, None] - slot)
-  weights = jax.nn.softmax(
-      jnp.concatenate([scores(cache.k, visible), new], axis=-1),
-      axis=-1).astype(q.dtype)
-  y = sum(
-      _dot('bkgtu,bkuh->btkgh', part, values)
-      for part, values in (
-          (weights[..., :size], cache.v), (weights[..., size:], v)))
-  return y.astype(q.dtype).reshape(batch, length, heads, dim)
+  return joined((k, v, visible))
 
 
 def _dot(equation, x, y):

@@ -66,22 +66,23 @@ def write(
 
     return jax.lax.fori_loop(0, rows.shape[0], row, x)
 
-  def leaf(x, fresh):
-    if rows is None:
-      every = jnp.arange(x.shape[-4])
-      if shards > 1:
-        return vectorised(x, fresh)
-      # XLA's CPU backend copies the whole cache for the vectorised form.
-      return jax.lax.platform_dependent(
-          x, fresh, default=vectorised,
-          cpu=lambda x, fresh: looped(x, fresh, every, position))
+  def sequential(x, fresh):
+    at = jnp.arange(x.shape[-4]) if rows is None else rows
     if shards == 1:
-      return looped(x, fresh, rows, position)
+      return looped(x, fresh, at, position)
     axis = x.ndim - 4
     found = jax.vmap(looped, in_axes=(axis, axis, 0, 0), out_axes=axis)(
-        _split(x, shards), _split(fresh, shards), _local(rows, x, shards),
+        _split(x, shards), _split(fresh, shards), _local(at, x, shards),
         position.reshape(shards, -1))
     return found.reshape(x.shape)
+
+  def leaf(x, fresh):
+    if rows is not None:
+      return sequential(x, fresh)
+    # The vectorised form copies the whole cache on CPU and, once a call, on
+    # TPU; one kernel a row is what a GPU has no time for.
+    return jax.lax.platform_dependent(
+        x, fresh, default=sequential, cuda=vectorised, rocm=vectorised)
 
   return jax.tree.map(leaf, cache, new)
 

@@ -275,9 +275,9 @@ def _weights(sampler, params):
 @functools.partial(jax.jit, static_argnums=0)
 def _prefix(sampler, params, tokens):
   cache = qwen.empty_cache(sampler.model, 1, tokens.shape[0], sampler.unrolled)
-  return sampler._feed(
-      params, tokens[None], cache, jnp.zeros((1,), jnp.int32),
-      fresh=True)[1]
+  return qwen.feed(  # one row, the same on all devices
+      sampler.model, sampler.mesh, params, tokens[None], cache,
+      jnp.zeros((1,), jnp.int32), fresh=True)[1]
 
 
 def _resume(state, rows, pending, length, cache, episode=None):
