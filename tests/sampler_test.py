@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -346,6 +347,21 @@ def test_greedy_takes_the_most_likely(sampler, params, table, recomputed):
     logprobs = recomputed(sampler.model, params, game.padded(slot))
     for t in np.flatnonzero(game.mask[slot]):
       assert game.tokens[slot][t] == logprobs[t].argmax()
+
+
+def test_what_is_fed_costs_no_logits(sampler, params):
+  """Neither a start nor an append computes anything over the vocabulary."""
+  game = Game(sampler, params, jnp.zeros((1, 30)), prompts(), range(4))
+  rows = game.rows({0: [14, 15], 2: [16]})
+  fresh = game.rows(
+      {1: [14, 15]}, episode=np.arange(4), shared=np.zeros(4, np.int32))
+  size = sampler.model.vocab_size
+  for call in (
+      sampler_lib._append.lower(sampler, game.params, game.state, rows),
+      sampler_lib._start.lower(sampler, game.params, game.state, fresh, None)):
+    shapes = set(re.findall(r'tensor<([\dx]+)xf32>', call.as_text()))
+    wide = {s for s in shapes if str(size) in s.split('x')}
+    assert wide == {f'{size}x32'}  # the embedding; not even lm_head is taken
 
 
 def test_weights_that_decode_are_those_that_learn(model, mesh, params):
