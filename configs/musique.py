@@ -24,7 +24,7 @@ def _smoke(config):
       dtype='float32', remat=False))
   config.rollout.update(dict(
       max_turns=2, k=1, prompt_length=256, response_length=48,
-      observation_length=160, max_length=736))
+      observation_length=160, max_length=736, lag=0))
   config.ppo.update(dict(minibatch_size=4, microbatch_size=4))
   config.warmup.update(dict(steps=60, batch_size=2, learning_rate=1e-2))
   config.eval.update(dict(every=2, batch_size=8, sampled=False))
@@ -38,7 +38,7 @@ def _laptop(config):
   config.model.update(dict(dtype='float32', remat=False))
   config.rollout.update(dict(
       max_turns=2, k=1, prompt_length=352, response_length=48,
-      observation_length=160, max_length=736, length_multiple=64))
+      observation_length=160, max_length=736, length_multiple=64, lag=0))
   # One minibatch a step: the ratio of every update is 1.
   config.ppo.update(dict(
       minibatch_size=8, microbatch_size=2, actor_lr=5e-6, critic_lr=1e-4,

@@ -93,14 +93,14 @@ class Collector:
     self._feed = _FEED.get(
         mesh.devices.flat[0].platform, _FEED_ELSEWHERE)
     # Few widths and sizes, for each is compiled.
-    self._prompts = _ladder(config.prompt_length, 4, 32)
-    self._observations = _ladder(config.observation_length, 2, 128)[-3:]
+    self._prompts = [config.prompt_length]
+    while self._prompts[0] > 16:
+      self._prompts.insert(0, max(_bucket(self._prompts[0] // 4, 8), 16))
+    self._observations = _quarters(config.observation_length, 8)
     length = _bucket(config.max_length, config.length_multiple)
     # What is fed is written whole, padding included.
     longest = length + max(self._prompts[-1], self._observations[-1])
-    self._sizes = [
-        _bucket(-(-longest * part // 4), 128 if longest > 1024 else 8)
-        for part in (2, 3, 4)]
+    self._sizes = _quarters(longest, 128 if longest > 1024 else 8)
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
     self._table = jax.device_put(table, sharding.replicated(mesh))
@@ -570,12 +570,9 @@ class _Play:
     }
 
 
-def _ladder(limit: int, factor: int, least: int) -> list[int]:
-  """Widths up to a limit, each the next one's by the factor, for padding."""
-  rungs = [limit]
-  while rungs[0] > least:
-    rungs.insert(0, max(_bucket(-(-rungs[0] // factor), 8), least))
-  return rungs
+def _quarters(limit: int, multiple: int) -> list[int]:
+  """Two, three and four quarters of a limit."""
+  return [_bucket(-(-limit * part // 4), multiple) for part in (2, 3, 4)]
 
 
 def _rung(ladder: Sequence[int], length: int) -> int:
