@@ -202,6 +202,10 @@ class _Play:
         model=c._model, mesh=c._mesh, slots=count,
         eos_ids=c._tokenizer.eos_ids, top_k=config.top_k, top_p=config.top_p)
     self._local = count // shards  # slots of a shard
+    self._fewer = [
+        n for part in (4, 3, 2, 1.5, 1)
+        if (n := int(self._local * part / 8)) >= _FEWEST]
+    self._widths = c._observations
     self._decoding = dict(
         table=c._table, key=key, temperature=config.temperature,
         steps=config.chunk, greedy=greedy)
@@ -240,11 +244,15 @@ class _Play:
   def admit(self) -> None:
     """Gives free slots to the next questions.
 
-    A prompt that a slot of the same shard still holds is copied; the order of
-    calls is such that it is copied before it is overwritten.
+    Slots wait until there are enough of them to fill a call. A prompt that a
+    slot of the same shard still holds is copied; the order of calls is such
+    that it is copied before it is overwritten.
     """
     copies, starts, copies_of_starts = [], [], []
     free = [s for s, number in enumerate(self._slots) if number is None]
+    if len(free) < min(
+        len(self._slots) // sampler_lib.WAITING, len(self._queue)):
+      return
     started, targets = set(), set()
     while free and self._queue:
       number = self._queue.popleft()
@@ -301,34 +309,37 @@ class _Play:
         episode.turns.append(dataclasses.replace(
             turn, documents=shown, observation=self._c._tokenizer.decode(ids)))
         self._run(episode)
-    for rows in self._calls(appended, self._c._observations):
+    for rows in self._calls(appended, self._widths):
       self._state = self._sampler.append(self._params, self._state, rows)
 
   def gather(self) -> None:
-    """Halves the slots once the last episodes fit into half of them.
+    """Moves the last episodes into fewer slots, once they fit.
 
-    Until then every step pays for the slots that no question is left for.
+    Otherwise every step would pay for slots that no question is left for.
     """
-    half = self._local // 2
-    if self._queue or self._local % 2 or half < _FEWEST:
+    live = [
+        [s for s in range(first, first + self._local)
+         if self._slots[s] is not None]
+        for first in range(0, len(self._slots), self._local)]
+    fewer = [n for n in self._fewer if max(map(len, live)) <= n < self._local]
+    if self._queue or not fewer:
       return
     rows = []
-    for first in range(0, len(self._slots), self._local):
-      shard = range(first, first + self._local)
-      live = [s for s in shard if self._slots[s] is not None]
-      if len(live) > half:
-        return
-      idle = sorted(set(shard) - set(live), key=lambda s: (self._bound(s), s))
-      rows += live + idle[:half - len(live)]
+    for shard, mine in enumerate(live):
+      idle = sorted(
+          set(range(shard * self._local, (shard + 1) * self._local))
+          - set(mine), key=lambda s: (self._bound(s), s))
+      rows += mine + idle[:min(fewer) - len(mine)]
     slots = [self._slots[s] for s in rows]
     self._left = [self._left[s] for s in rows]
     self._held = [self._held[s] for s in rows]
     for slot, number in enumerate(slots):
       if number is not None:
         self._episodes[number].slot = slot
-    self._slots, self._local = slots, half
-    # With fewer slots there is one size only, to compile less.
+    self._slots, self._local = slots, min(fewer)
+    # With fewer slots there is one size and one width, to compile less.
     self._reserve(self._c._sizes[-1])
+    self._widths = self._c._observations[-1:]
     self._sampler, self._state = self._sampler.shrink(
         self._state, np.asarray(rows, np.int32))
 

@@ -19,11 +19,13 @@ import gc
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch import sharding
 from stepsearch import tokenizer as tokenizer_lib
 from stepsearch.models import hf
 from stepsearch.models import qwen
@@ -69,17 +71,33 @@ def theirs(folder: str, tokens: np.ndarray, dtype: str) -> np.ndarray:
   return (logits if dtype == 'float64' else logits.float()).numpy()
 
 
+def sampled(
+    config: qwen.Config, params: Any, tokens: np.ndarray, count: int,
+    rows: int, *, greedy: bool = False,
+) -> sampler_lib.Chunk:
+  """So many tokens that rows with the same prompt go on with; none stops."""
+  sampler = sampler_lib.Sampler(
+      model=config, mesh=sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+      slots=rows, eos_ids=(-1,))
+  params = sampler.weights(params)
+  slots = np.arange(rows, dtype=np.int32)
+  filled = lambda value: np.full_like(slots, value)
+  state = sampler.start(
+      params, sampler.empty(len(tokens) + count), sampler_lib.Rows(
+          slot=slots, active=filled(1) > 0, tokens=np.tile(tokens, (rows, 1)),
+          count=filled(len(tokens)), budget=filled(count), episode=slots,
+          shared=filled(0)), None)
+  table = jnp.zeros((1, config.vocab_size), jnp.int8)
+  _, chunk = sampler.decode(
+      params, state, table, jax.random.key(0), 1.0, count, greedy=greedy)
+  return jax.device_get(chunk)
+
+
 def our_continuation(folder: str, tokens: np.ndarray, count: int) -> list[int]:
   """Greedy tokens by the sampler of the rollout: prefill, then its cache."""
   config, params = hf.load(folder)
-  sampler = sampler_lib.Sampler(
-      model=config, size=len(tokens) + count + 1, turns=1, eos_ids=(-1,))
-  state = sampler.prefill(params, tokens[None], np.asarray([len(tokens)]))
-  table = jnp.zeros((1, config.vocab_size), jnp.int8)
-  keys = jax.random.split(jax.random.key(0), 1)
-  state = sampler.decode(
-      params, state, table, keys, 0, count, 1.0, greedy=True)
-  return np.asarray(state.tokens)[0, len(tokens):len(tokens) + count].tolist()
+  return sampled(config, params, tokens, count, 1, greedy=True).tokens[
+      0].tolist()
 
 
 def their_continuation(
@@ -114,15 +132,9 @@ def recorded_and_recomputed(
   """Differences of log-probs, sampled against recomputed, in nats [n]."""
   config, params = hf.load(folder)
   config = config.__class__(**vars(config) | {'dtype': dtype})
-  rows = 4
-  sampler = sampler_lib.Sampler(
-      model=config, size=len(tokens) + count + 1, turns=1, eos_ids=(-1,))
-  state = sampler.prefill(
-      params, np.tile(tokens, (rows, 1)), np.full(rows, len(tokens)))
-  table = jnp.zeros((1, config.vocab_size), jnp.int8)
-  keys = jax.random.split(jax.random.key(0), rows)
-  state = sampler.decode(params, state, table, keys, 0, count, 1.0)
-  tokens = state.tokens[:, :-1]
+  chunk = sampled(config, params, tokens, count, 4)
+  tokens = np.concatenate(
+      [np.tile(tokens, (len(chunk.tokens), 1)), chunk.tokens], axis=1)
 
   @jax.jit
   def again(params, tokens):
@@ -131,8 +143,8 @@ def recorded_and_recomputed(
     return losses.token_logprobs(
         hidden[:, :-1], qwen.unembedding(params), tokens[:, 1:], 1.0, 64)[0]
 
-  found = np.asarray(again(params, tokens) - state.logprobs[:, 1:-1])
-  return found[np.asarray(state.loss_mask[:, 1:-1]) > 0]
+  found = np.asarray(again(params, jnp.asarray(tokens)))[:, -count:]
+  return (found - chunk.logprobs).ravel()
 
 
 def _torch(folder, dtype):
