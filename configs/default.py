@@ -51,8 +51,8 @@ def get_config(arg=''):
       index='auto',  # auto | scann | exact
       directory='',  # '' = <workdir>/index
       factory='',  # 'package.module:function' of a user's own engine, of which
-      timeout=30.0, retries=2,  # seconds a call, calls after one that fails
-      give_up=60.0))  # seconds without an answer that stop the run
+      timeout=15.0, retries=2,  # seconds a call, calls after one that fails
+      give_up=60.0))  # seconds of searches without an answer that stop the run
 
   config.rollout = ConfigDict(dict(
       protocol='full',  # full | short: the texts around the turns

@@ -252,6 +252,10 @@ def _turn_rewards(config) -> bool:
 
 
 def _check(config, training, card):
+  if jax.process_count() > 1:
+    raise ValueError(
+        f'there are {jax.process_count()} processes, and rollouts know one '
+        'only: start a single process.')
   config_lib.choice('algorithm', config.algorithm, ('steppo', 'ppo'))
   config_lib.choice('data.source', config.data.source, ('world', 'jsonl'))
   config_lib.choice(

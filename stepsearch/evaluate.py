@@ -93,6 +93,10 @@ def evaluate(
        'decoding': 'sampled' if sampled else 'greedy', 'results': results},
       indent=2) + '\n')
   progress.line(name)
+  if parts.retriever.failed:
+    progress.line(
+        f'{parts.retriever.failed} searches failed and found nothing: what '
+        'follows is too low')
   for name, found in results.items():
     progress.line(
         f'{name:>12}: EM {found["em"]:.3f}  F1 {found["f1"]:.3f}  searches '

@@ -33,7 +33,9 @@ from stepsearch.retrieval import retriever
 from stepsearch.rl import rewards as rewards_lib
 
 # What may differ between the runs of one workdir.
-_MAY_CHANGE = ('checkpoint', 'tensorboard', 'compilation_cache')
+_MAY_CHANGE = (
+    'checkpoint', 'tensorboard', 'compilation_cache', 'retriever.timeout',
+    'retriever.retries', 'retriever.give_up')
 
 
 def train(
@@ -112,11 +114,18 @@ def train(
       kinds = ('greedy', 'sampled') if ends and config.eval.sampled else (
           'greedy',)
       for kind in kinds:
+        failed = parts.retriever.failed
         with timer.section('eval'):
-          found[kind], rows = evaluation.evaluate(
-              parts.collect, parts.score, params, parts.eval,
-              config.eval.batch_size, jax.random.fold_in(eval_key, step),
-              greedy=kind == 'greedy')
+          try:
+            found[kind], rows = evaluation.evaluate(
+                parts.collect, parts.score, params, parts.eval,
+                config.eval.batch_size, jax.random.fold_in(eval_key, step),
+                greedy=kind == 'greedy')
+          except retriever.Unavailable as error:
+            raise ValueError(
+                f'{error} That was in the evaluation of step {step}: the same '
+                'command goes on from the last checkpoint.') from error
+        found[kind]['failed_searches'] = parts.retriever.failed - failed
         _write_rows(
             root / 'transcripts' / f'step_{step:06d}_{kind}.jsonl', rows)
         if record:

@@ -4,8 +4,9 @@
 
 `attend` is that sum. 'plain' leaves it to XLA and can do everything; 'splash'
 (Pallas, TPU) and 'cudnn' (NVIDIA) never hold the T x T scores of the heads in
-memory, and serve what has no cache: the update and the first prefill. `resolve`
-picks. With segments 'cudnn' takes a boolean mask [B, 1, T, T], which is held.
+memory, and serve what has no cache: the update, and prompts that share no
+beginning. `resolve` picks. With segments 'cudnn' takes a boolean mask
+[B, 1, T, T], which is held.
 """
 
 from __future__ import annotations

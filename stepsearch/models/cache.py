@@ -80,7 +80,8 @@ def write(
     if rows is not None:
       return sequential(x, fresh)
     # The vectorised form copies the whole cache on CPU and, once a call, on
-    # TPU; one kernel a row is what a GPU has no time for.
+    # TPU; a kernel for every row and layer is too much for a GPU's step. The
+    # few rows of a start or an append are written one by one everywhere.
     return jax.lax.platform_dependent(
         x, fresh, default=sequential, cuda=vectorised, rocm=vectorised)
 
@@ -131,6 +132,7 @@ class Layer:
   v: jax.Array  # [B, K, S, H]
   rows: jax.Array | None  # as of `pick`
   shards: int = struct.field(pytree_node=False)
+  fresh: bool = struct.field(pytree_node=False)  # nothing precedes the tokens
 
   def add(self, new: Cache, position: jax.Array) -> Layer:
     """Writes entries [n, K, T, H] at `position` [n]."""

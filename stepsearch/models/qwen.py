@@ -221,8 +221,11 @@ class Attention(nn.Module):
     new = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, K, T, H]
     if isinstance(cache, cache_lib.Layer):
       new = cache.add(new, cache_length)
-      k = v = None
-      cache = new.seen()
+      if cache.fresh:
+        cache = None
+      else:
+        k = v = None
+        cache = new.seen()
     y = attention.attend(
         q, k, v, cache=cache, cache_length=cache_length, segments=segments,
         window=window, kind=c.attention, mesh=self.mesh)
@@ -403,7 +406,7 @@ def feed(
   for i, layer in enumerate(params['layers']):
     x, entry = Layer(c, mesh).apply(
         {'params': layer}, x,
-        cache_lib.Layer(cache.k[i], cache.v[i], rows, shards),
+        cache_lib.Layer(cache.k[i], cache.v[i], rows, shards, fresh),
         c.windows[i] if c.windows else None, rotary, start, None)
     layers.append(entry)
   hidden = RMSNorm(c.rms_norm_eps).apply({'params': params['final_norm']}, x)

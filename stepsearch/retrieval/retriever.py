@@ -297,7 +297,7 @@ class Patient:
   """
 
   def __init__(
-      self, engine: Engine, *, timeout: float = 30.0, retries: int = 2,
+      self, engine: Engine, *, timeout: float = 15.0, retries: int = 2,
       give_up: float = 60.0, wait: float = 1.0,
   ):
     """Wraps an engine.
@@ -306,7 +306,8 @@ class Patient:
       engine: called by one thread at a time, but for calls that were given up.
       timeout: seconds that one call may take.
       retries: calls after the first that fails.
-      give_up: seconds without any answer after which `search` raises.
+      give_up: seconds of searches without any answer after which `search`
+        raises.
       wait: seconds before the first retry.
     """
     self._engine = engine
@@ -314,7 +315,7 @@ class Patient:
     self._retries = retries
     self._give_up = give_up
     self._wait = wait
-    self._silent_since: float | None = None
+    self._silence = 0.0  # seconds of searches since one was answered
     self.failed = 0
     if hasattr(engine, 'embed'):
       self.embed = engine.embed
@@ -325,7 +326,7 @@ class Patient:
     """As the engine's, or an empty list a query.
 
     Raises:
-      Unavailable: no call was answered for `give_up` seconds.
+      Unavailable: no call was answered in `give_up` seconds of searches.
     """
     start = time.monotonic()
     for attempt in range(self._retries + 1):
@@ -336,17 +337,16 @@ class Patient:
       except Exception as error:  # whatever a user's engine may raise
         cause = error
       else:
-        self._silent_since = None
+        self._silence = 0.0
         return found
     self.failed += len(queries)
-    if self._silent_since is None:
-      self._silent_since = start
-    silent = time.monotonic() - self._silent_since
-    if silent >= self._give_up:
+    self._silence += time.monotonic() - start
+    if self._silence >= self._give_up:
       raise Unavailable(
-          f'the engine of config.retriever.factory has answered nothing for '
-          f'{silent:.0f} seconds, at last {cause!r}: start it again, and look '
-          'at config.retriever.timeout, retries and give_up.')
+          'the engine of config.retriever.factory has answered nothing in '
+          f'{self._silence:.0f} seconds of searches, at last {cause!r}: start '
+          'it again, and look at config.retriever.timeout, retries and give_up.'
+      )
     print(
         f'search failed {self._retries + 1} times ({cause!r}): {len(queries)} '
         'queries get no documents', flush=True)

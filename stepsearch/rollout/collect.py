@@ -101,6 +101,8 @@ class Collector:
     # What is fed is written whole, padding included.
     longest = length + max(self._prompts[-1], self._observations[-1])
     self._sizes = _quarters(longest, 128 if longest > 1024 else 8)
+    # Scores over the cache are held in float32: a gigabyte of them at most.
+    self._feed = min(self._feed, 2**28 // (longest * model.heads))
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
     self._table = jax.device_put(table, sharding.replicated(mesh))
@@ -127,7 +129,8 @@ class Collector:
 
     That beginning is computed once a call from then on. It follows from the
     questions of the run, not from those of one call, so that a resumed run
-    computes the same.
+    computes the same; other questions may share more or less, which moves the
+    last bits of what is computed.
 
     Raises:
       ValueError: as of `prompt`.
@@ -197,7 +200,7 @@ class _Play:
     c = self._c = collector
     config = self._config = c.config
     shards = c._mesh.shape['data'] * c._mesh.shape['fsdp']
-    count = _bucket(config.slots or len(prompts), shards)
+    count = _bucket(min(config.slots or len(prompts), len(prompts)), shards)
     self._sampler = sampler_lib.Sampler(
         model=c._model, mesh=c._mesh, slots=count,
         eos_ids=c._tokenizer.eos_ids, top_k=config.top_k, top_p=config.top_p)
@@ -213,7 +216,10 @@ class _Play:
     self._episodes = [_Episode(prompt) for prompt in prompts]
     self._queue = collections.deque(range(len(prompts)))
     self._slots: list[int | None] = [None] * count
-    self._held: list[tuple[int, ...]] = [()] * count  # prompts in the cache
+    numbers: dict[tuple[int, ...], int] = {}
+    self._prompt = [  # equal for equal prompts
+        numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    self._held = [-1] * count  # prompts in the cache
     self._left = [1] * count  # tokens of the episode that has left a slot
     self._due: collections.deque = collections.deque()
     self._flying: collections.deque = collections.deque()
@@ -260,14 +266,14 @@ class _Play:
       prompt = tuple(episode.prompt)
       holders = {
           s // self._local: s for s, held in enumerate(self._held)
-          if held == prompt and s not in targets}
+          if held == self._prompt[number] and s not in targets}
       slot = next((s for s in free if s // self._local in holders), None)
       source = None if slot is None else holders[slot // self._local]
       if slot is None:
         room = collections.Counter(s // self._local for s in free)
         slot = min(free, key=lambda s: (-room[s // self._local], s))
       free.remove(slot)
-      self._slots[slot], self._held[slot] = number, prompt
+      self._slots[slot], self._held[slot] = number, self._prompt[number]
       episode.slot = slot
       self._tokens[number, :len(prompt)] = prompt
       episode.length = len(prompt)
@@ -296,6 +302,9 @@ class _Play:
     while self._due and self._due[0][0] <= self._tick:
       _, turns, search = self._due.popleft()
       self._look()
+      while self._idle_since is None and not search.done():
+        futures.wait([search], timeout=0.005)
+        self._look()
       found = iter(search.result())
       for number, turn in turns:
         episode = self._episodes[number]
@@ -337,11 +346,11 @@ class _Play:
       if number is not None:
         self._episodes[number].slot = slot
     self._slots, self._local = slots, min(fewer)
+    self._sampler, self._state = self._sampler.shrink(
+        self._state, np.asarray(rows, np.int32))
     # With fewer slots there is one size and one width, to compile less.
     self._reserve(self._c._sizes[-1])
     self._widths = self._c._observations[-1:]
-    self._sampler, self._state = self._sampler.shrink(
-        self._state, np.asarray(rows, np.int32))
 
   def decode(self) -> None:
     """Dispatches the next chunk, if a row may be running."""
@@ -363,7 +372,9 @@ class _Play:
     newest = self._tick if self._config.lag == 0 else self._tick - 1
     while self._flying and self._flying[0][0] <= newest:
       tick, chunk, slots = self._flying.popleft()
-      self._stopped(tick, self._take(tick, jax.device_get(chunk), slots))
+      chunk = jax.device_get(chunk)
+      self._look()
+      self._stopped(tick, self._take(tick, chunk, slots))
     self._look()
     self._tick += 1
 
@@ -417,20 +428,23 @@ class _Play:
     result = futures.Future()
 
     def search():
+      with self._c._searching:  # one at a time, whatever the lag
+        start = time.perf_counter()
+        found = self._c._search(queries, self._config.k) if queries else []
+        self._retrieval += time.perf_counter() - start
+      return found
+
+    def apart():
       try:
-        with self._c._searching:  # one at a time, whatever the lag
-          start = time.perf_counter()
-          found = self._c._search(queries, self._config.k) if queries else []
-          self._retrieval += time.perf_counter() - start
-        result.set_result(found)
+        result.set_result(search())
       except BaseException as error:  # raised where it is waited for
         result.set_exception(error)
 
     if queries and self._config.lag:
       # A daemon: an engine that hangs must not keep the process alive.
-      threading.Thread(target=search, daemon=True).start()
+      threading.Thread(target=apart, daemon=True).start()
     else:
-      search()
+      result.set_result(search())
     return result
 
   def _observation(self, turn, documents, last):

@@ -122,7 +122,10 @@ class Sampler:
     return _empty(self, size)
 
   def grow(self, state: State, size: int) -> State:
-    """The state with a cache of `size` positions, more than it has."""
+    """The state with a cache of `size` positions, more than it has.
+
+    Both caches exist while one is copied into the other.
+    """
     return _grow(self, size, state)
 
   def shrink(self, state: State, rows: Any) -> tuple[Sampler, State]:
