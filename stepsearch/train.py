@@ -125,13 +125,14 @@ def train(
             raise ValueError(
                 f'{error} That was in the evaluation of step {step}: the same '
                 'command goes on from the last checkpoint.') from error
-        found[kind]['failed_searches'] = parts.retriever.failed - failed
         _write_rows(
             root / 'transcripts' / f'step_{step:06d}_{kind}.jsonl', rows)
         if record:
           prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
+          shown = found[kind] | {
+              'failed_searches': parts.retriever.failed - failed}
           writer.write(
-              step, {f'{prefix}/{name}': x for name, x in found[kind].items()})
+              step, {f'{prefix}/{name}': x for name, x in shown.items()})
       return found
 
     def saved(step, state, found):
