@@ -50,7 +50,11 @@ def get_config(arg=''):
       passage_prefix=config_dict.placeholder(str),
       index='auto',  # auto | scann | exact
       directory='',  # '' = <workdir>/index
-      factory='',  # 'package.module:function' of a user's own engine, of which
+      # A server of Search-R1's protocol, such as `python -m stepsearch.serve`;
+      # several that serve the same (replicas), joined by commas.
+      url='',
+      factory='',  # 'package.module:function' of a user's own engine
+      # Of url and factory:
       timeout=15.0, retries=2,  # seconds a call, calls after one that fails
       give_up=60.0))  # seconds of searches without an answer that stop the run
 

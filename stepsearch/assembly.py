@@ -37,6 +37,7 @@ from stepsearch.models import hf
 from stepsearch.models import qwen
 from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
+from stepsearch.retrieval import service
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
@@ -119,7 +120,8 @@ def build(
   else:
     corpus, train, held_out = _read(config, training)
   datasets.check(
-      train, corpus, turn_rewards=_turn_rewards(config), k=config.rollout.k)
+      train, None if config.retriever.url else corpus,
+      turn_rewards=_turn_rewards(config), k=config.rollout.k)
 
   protocol = (
       protocol_lib.Protocol.short() if config.rollout.protocol == 'short'
@@ -144,14 +146,41 @@ def build(
   collector.prepare(example.question for example in (*train, *held_out))
 
   # Last, for it may take long; `collector` sees it through its closure.
-  engine = _retriever(config, corpus, workdir, say)
-  say(f'{len(corpus):,} passages, {len(train):,} training and '
-      f'{len(held_out):,} held-out questions, {tokenizer.vocab_size:,} tokens')
+  gold = [
+      document for example in (*train, *held_out)
+      for document in example.gold_documents]
+  engine = _retriever(config, corpus, workdir, say, gold)
+  say((f'{len(corpus):,} passages, ' if corpus else '')
+      + f'{len(train):,} training and {len(held_out):,} held-out questions, '
+      f'{tokenizer.vocab_size:,} tokens')
   return Parts(
       config=config, mesh=mesh, tokenizer=tokenizer, protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
       pretrained=pretrained, learner=trainer, collect=collector,
       score=_score(config, reward, engine))
+
+
+def retriever(
+    config: ml_collections.ConfigDict, say: Callable[[str], None] = print
+) -> retriever_lib.Engine:
+  """The search engine of a config, without a run: what `serve` serves.
+
+  Raises:
+    ValueError: one paragraph naming field or file, value and remedy.
+  """
+  c = config.retriever
+  config_lib.require(
+      not c.url, 'retriever.url', c.url,
+      'what is served has to be here, not behind another server: leave it out.')
+  config_lib.require(
+      c.directory or c.factory, 'retriever.directory', c.directory,
+      'name the folder of the index; it is built where there is none.')
+  if config.data.source == 'world':
+    corpus = world_lib.World(
+        world_lib.Config(**config.world.to_dict()), config.seed).corpus
+  else:
+    corpus = datasets.read_corpus(config.data.corpus)
+  return _retriever(config, corpus, c.directory, say)
 
 
 def parameters(parts: Parts, key: jax.Array) -> Any:
@@ -380,14 +409,20 @@ def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
 
 def _read(config, training):
   """Corpus and questions of source = jsonl."""
+  # With a server the corpus tells what the gold documents of the questions
+  # are; questions that spell them out, or have none, do without.
+  unneeded = [] if training else ['train']
+  unneeded += ['corpus'] if config.retriever.url else []
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
-        config.data[name] or (name == 'train' and not training),
-        f'data.{name}', config.data[name],
+        config.data[name] or name in unneeded, f'data.{name}',
+        config.data[name],
         'data.source = jsonl needs this file; name it, or use '
         'data.source=world.')
-  corpus = datasets.read_corpus(config.data.corpus)
-  by_id = {document.id: document for document in corpus}
+  corpus, by_id = [], None
+  if config.data.corpus:
+    corpus = datasets.read_corpus(config.data.corpus)
+    by_id = {document.id: document for document in corpus}
   held_out = []
   for path in config.data.eval.split(','):
     path = pathlib.Path(path.strip())
@@ -423,7 +458,7 @@ def _tokenizer(config, world, pretrained):
       [*world.words, *protocol_lib.SHORT_WORDS], protocol_lib.TAGS)
 
 
-def _retriever(config, corpus, workdir, say):
+def _retriever(config, corpus, workdir, say, gold=()):
   c = config.retriever
   prefixes = dict(
       query_prefix=c.query_prefix, passage_prefix=c.passage_prefix)
@@ -433,9 +468,16 @@ def _retriever(config, corpus, workdir, say):
         'config.retriever.embedder = lexical takes no prefix: leave it out, or '
         'name the folder of an encoder.')
   config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
+  config_lib.require(
+      not (c.url and c.factory), 'retriever.url', c.url,
+      f'retriever.factory = {c.factory!r} is an engine too: leave one out.')
+  patience = dict(timeout=c.timeout, retries=c.retries, give_up=c.give_up)
+  if c.url:
+    return service.from_url(
+        c.url, config.rollout.k, known=gold, first=jax.process_index(),
+        say=say, **patience)
   if c.factory:
-    return retriever_lib.from_factory(
-        c.factory, c, timeout=c.timeout, retries=c.retries, give_up=c.give_up)
+    return retriever_lib.from_factory(c.factory, c, **patience)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
   embedder = c.embedder
   if embedder != 'lexical':
@@ -473,6 +515,8 @@ def _score(config, reward, engine) -> Score:
   config_lib.require(
       reward.similarity != 'retriever' or embed is not None,
       'reward.similarity', reward.similarity,
+      'a server (config.retriever.url) does not embed texts: use tfidf.'
+      if config.retriever.url else
       'the engine of config.retriever.factory has no embed(texts) -> [n, d]; '
       'use tfidf, or give it one.')
   return lambda examples, transcripts: rewards.score(

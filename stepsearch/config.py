@@ -114,6 +114,7 @@ def main(
     run: Callable[..., Any],
     *,
     takes_config: bool = True,
+    config_required: bool = True,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
   """Runs an entry point: flags, config, then `run(config)`; exits.
@@ -124,13 +125,15 @@ def main(
 
   Args:
     run: `run(config)`, or `run()` without `takes_config`.
-    takes_config: define `--config` (required) and accept `--config.a.b=value`.
+    takes_config: define `--config` and accept `--config.a.b=value`.
+    config_required: refuse to start without it; else `run(None)`.
     argv: the command line, `sys.argv` by default.
   """
   if takes_config:
     flags.DEFINE_string(
         'config', None, 'Config file, PATH.py[:variant]; any leaf of it is '
-        'overridden by --config.section.leaf=value.', required=True)
+        'overridden by --config.section.leaf=value.',
+        required=config_required)
   overrides = []
 
   def parse(argv):
@@ -152,7 +155,13 @@ def main(
         raise ValueError(
             f'unexpected argument {argv[1]!r}: every argument is a flag, '
             '--name=value.')
-      if takes_config:
+      if takes_config and flags.FLAGS.config is None:
+        if overrides:
+          raise ValueError(
+              f'--config.{overrides[0]} changes a config, but --config names '
+              'none.')
+        run(None)
+      elif takes_config:
         run(load(flags.FLAGS.config, overrides))
       else:
         run()

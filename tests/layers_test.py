@@ -3,7 +3,7 @@
     4  entry points (the rest of stepsearch/*.py): the only readers of configs
     3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
-    1  models.*, rl.advantages, rl.losses, rl.packing, protocol
+    1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages
     0  types, sharding, tokenizer
 
 Downward only. Inside a layer, only siblings of one package see each other, and
@@ -20,7 +20,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _LAYERS = {
     'types': 0, 'sharding': 0, 'tokenizer': 0,
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
-    'protocol': 1,
+    'protocol': 1, 'passages': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
     'rl.policy': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,

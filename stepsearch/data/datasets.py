@@ -21,6 +21,7 @@ import os
 import re
 from typing import Any
 
+from stepsearch import passages
 from stepsearch.types import Document
 from stepsearch.types import Example
 
@@ -45,14 +46,11 @@ def read_corpus(path: str | os.PathLike[str]) -> list[Document]:
       )
     line_of[document_id] = row.line
     if 'contents' in row and 'text' not in row:
-      contents = row.text('contents')
-      title, separator, text = contents.partition('\n')
-      if not separator:
-        title, text = '', contents
-      title = title.strip().strip('"')
+      document = passages.from_contents(document_id, row.text('contents'))
     else:
-      title, text = row.text('title', blank=True), row.text('text')
-    documents.append(Document(document_id, title, text))
+      document = Document(
+          document_id, row.text('title', blank=True), row.text('text'))
+    documents.append(document)
   if not documents:
     raise ValueError(f'{path} holds no documents.')
   return documents
@@ -109,20 +107,21 @@ def read_demonstrations(
 
 
 def check(
-    examples: Sequence[Example], corpus: Sized, *, turn_rewards: bool, k: int
+    examples: Sequence[Example], corpus: Sized | None, *, turn_rewards: bool,
+    k: int
 ):
   """Checks that questions, corpus and rewards can work together.
 
   Args:
     examples: the questions.
-    corpus: the passages; only their number matters.
+    corpus: the passages; only their number matters. None: not known.
     turn_rewards: whether information gain or redundancy is rewarded.
     k: passages retrieved a search.
 
   Raises:
     ValueError: turn rewards without gold passages, or k larger than the corpus.
   """
-  if not 1 <= k <= len(corpus):
+  if corpus is not None and not 1 <= k <= len(corpus):
     raise ValueError(
         f'config.rollout.k = {k} documents cannot be retrieved from a corpus'
         f' of {len(corpus)}: k must be between 1 and {len(corpus)}.'

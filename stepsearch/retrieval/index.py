@@ -49,13 +49,16 @@ class Index:
   Attributes:
     vectors: [n, d] float32, the rows as they were given.
     parameters: what describes the index, as written to `index.json`.
+    fingerprints: what it was saved with; empty unless it was loaded.
   """
 
   def __init__(
-      self, vectors: np.ndarray, parameters: Mapping[str, Any], searcher=None
+      self, vectors: np.ndarray, parameters: Mapping[str, Any], searcher=None,
+      fingerprints: Mapping[str, str] | None = None,
   ):
     self.vectors = vectors
     self.parameters = dict(parameters)
+    self.fingerprints = dict(fingerprints or {})
     self._searcher = searcher  # ScaNN's, or None: numpy
 
   def __len__(self) -> int:
@@ -302,7 +305,7 @@ def load(
         f' {expected} float32, {_VECTORS} holds {vectors.shape}'
         f' {vectors.dtype}. Delete the folder and build it again.'
     )
-  return Index(vectors, parameters, searcher)
+  return Index(vectors, parameters, searcher, metadata['fingerprints'])
 
 
 def exists(directory: str | os.PathLike[str]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -65,6 +66,14 @@ class Retriever:
 
   def __len__(self) -> int:
     return len(self.documents)
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """Names of corpus and embedder; an index is loaded for these only."""
+    return self.index.fingerprints or {
+        'corpus': corpus_fingerprint(self.documents),
+        'embedder': self.embedder.fingerprint,
+    }
 
   def search(
       self, queries: Sequence[str], k: int
@@ -127,13 +136,7 @@ class Retriever:
           file.write(json.dumps(row, ensure_ascii=False) + '\n')
       if isinstance(self.embedder, embedding.LexicalEmbedder):
         self.embedder.save(folder)
-      self.index.save(
-          folder,
-          {
-              'corpus': corpus_fingerprint(self.documents),
-              'embedder': self.embedder.fingerprint,
-          },
-      )
+      self.index.save(folder, self.fingerprints)
 
 
 def build(
@@ -297,13 +300,16 @@ class Patient:
   """
 
   def __init__(
-      self, engine: Engine, *, timeout: float = 15.0, retries: int = 2,
-      give_up: float = 60.0, wait: float = 1.0,
+      self, engine: Engine, *,
+      name: str = 'the engine of config.retriever.factory',
+      timeout: float = 15.0, retries: int = 2, give_up: float = 60.0,
+      wait: float = 1.0,
   ):
     """Wraps an engine.
 
     Args:
       engine: called by one thread at a time, but for calls that were given up.
+      name: of the engine, for errors.
       timeout: seconds that one call may take.
       retries: calls after the first that fails.
       give_up: seconds of searches without any answer after which `search`
@@ -311,6 +317,7 @@ class Patient:
       wait: seconds before the first retry.
     """
     self._engine = engine
+    self._name = name
     self._timeout = timeout
     self._retries = retries
     self._give_up = give_up
@@ -343,9 +350,9 @@ class Patient:
     self._silence += time.monotonic() - start
     if self._silence >= self._give_up:
       raise Unavailable(
-          'the engine of config.retriever.factory has answered nothing in '
-          f'{self._silence:.0f} seconds of searches, at last {cause!r}: start '
-          'it again, and look at config.retriever.timeout, retries and give_up.'
+          f'{self._name} has answered nothing in {self._silence:.0f} seconds '
+          f'of searches, at last {cause!r}: start it again, and look at '
+          'config.retriever.timeout, retries and give_up.'
       )
     print(
         f'search failed {self._retries + 1} times ({cause!r}): {len(queries)} '
