@@ -14,15 +14,15 @@ import dataclasses
 import glob
 import importlib
 import os
-import pathlib
 from typing import Any
 
-from etils import epath
 import jax
 import ml_collections
 import numpy as np
 
+from stepsearch import checkpoints
 from stepsearch import config as config_lib
+from stepsearch import paths
 from stepsearch import protocol as protocol_lib
 from stepsearch import sharding
 from stepsearch import tokenizer as tokenizer_lib
@@ -73,7 +73,6 @@ def tune_host() -> None:
   malloc makes the tiny run a quarter faster.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
-  os.environ.setdefault('EPATH_USE_TF', 'false')
   if any(glob.glob(f'/dev/{name}') for name in ('nvidia*', 'accel*', 'vfio')):
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # glibc only
@@ -88,6 +87,7 @@ def tune_host() -> None:
 def build(
     config: ml_collections.ConfigDict, workdir: Any, *, training: bool = True,
     card: Any = None, say: Callable[[str], None] = print,
+    on_tick: Callable[[], None] | None = None,
 ) -> Parts:
   """Checks the config, reads or makes the data, loads or builds the index.
 
@@ -98,6 +98,7 @@ def build(
     card: the folder that `write_card` made in the run whose checkpoint is
       played: what the model is, whatever config.model says of it.
     say: prints a line of progress.
+    on_tick: as of `collect.Collector`.
 
   Raises:
     ValueError: one paragraph naming field or file, value and remedy.
@@ -142,7 +143,7 @@ def build(
   del rollout['protocol']
   collector = collect.Collector(
       model, collect.Config(**rollout), tokenizer, protocol,
-      lambda queries, k: engine.search(queries, k), mesh)
+      lambda queries, k: engine.search(queries, k), mesh, on_tick)
   collector.prepare(example.question for example in (*train, *held_out))
 
   # Last, for it may take long; `collector` sees it through its closure.
@@ -193,17 +194,15 @@ def parameters(parts: Parts, key: jax.Array) -> Any:
           qwen.axes(parts.model)[0], parts.mesh))(key)
 
 
-def write_card(parts: Parts, directory: pathlib.Path) -> None:
+def write_card(parts: Parts, directory: paths.Path) -> None:
   """Writes config.json and tokenizer, so that `export` needs nothing else."""
-  if directory.exists():
+  if (directory / folder_lib.CONFIG).exists():
     return
-  draft = directory.with_name(directory.name + '.tmp')
-  draft.mkdir(exist_ok=True)
   own = parts.config.tokenizer or parts.pretrained is None
-  hf.write_card(
-      draft, parts.model, parts.tokenizer if own else None,
-      source=parts.pretrained and parts.pretrained.path)
-  draft.replace(directory)
+  with paths.new_folder(directory, folder_lib.CONFIG) as draft:
+    hf.write_card(
+        draft, parts.model, parts.tokenizer if own else None,
+        source=parts.pretrained and parts.pretrained.path)
 
 
 def demonstrations(parts: Parts) -> warmup.Demonstrations:
@@ -347,15 +346,15 @@ def _check_rows(config, mesh, training):
 
 def _pretrained(config, workdir, training, card) -> folder_lib.Folder | None:
   """The model that a run starts from, checked but for its values."""
-  path, root = config.model.pretrained, epath.Path(workdir)
+  path, root = config.model.pretrained, paths.Path(workdir)
   if card is not None:
     return folder_lib.Folder(card)
   if not path:
     return None
   # A run that has begun goes on with the card that it has kept, whatever has
   # become of the folder, whose weights it needs up to step 0 only.
-  begun = training and (root / 'model').exists()
-  if not begun or not (root / 'reference').exists():
+  begun = training and (root / 'model' / folder_lib.CONFIG).exists()
+  if not begun or not checkpoints.exists_once(root / 'reference'):
     folder = folder_lib.Folder(path)
     hf.check(folder)
   return folder_lib.Folder(root / 'model') if begun else folder
@@ -425,7 +424,7 @@ def _read(config, training):
     by_id = {document.id: document for document in corpus}
   held_out = []
   for path in config.data.eval.split(','):
-    path = pathlib.Path(path.strip())
+    path = paths.Path(path.strip())
     # musique/questions.jsonl is called musique, bamboogle.jsonl bamboogle.
     name = path.parent.name if path.stem == 'questions' else path.stem
     read = datasets.read_questions(path, by_id, dataset=name)

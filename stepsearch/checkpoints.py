@@ -20,18 +20,14 @@ import os
 import re
 from typing import Any
 
-from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from stepsearch import paths
 from stepsearch import sharding
 from stepsearch.models import qwen
-
-# epath would read gs:// through TensorFlow where that is installed: another
-# path than the tested one, and one that knows no emulator.
-os.environ.setdefault('EPATH_USE_TF', 'false')
 
 
 class Checkpoints:
@@ -43,7 +39,7 @@ class Checkpoints:
 
   def __init__(
       self,
-      directory: str | epath.Path,
+      directory: paths.Address,
       *,
       keep_latest: int,
       keep_best: int,
@@ -149,7 +145,7 @@ class Checkpoints:
 
 
 def restore(
-    directory: str | epath.Path,
+    directory: paths.Address,
     like: Any,
     step: int | None = None,
     *,
@@ -180,7 +176,7 @@ def restore(
 
 
 def restore_actor(
-    directory: str | epath.Path, model: qwen.Config, mesh: jax.sharding.Mesh,
+    directory: paths.Address, model: qwen.Config, mesh: jax.sharding.Mesh,
     step: int | None = None,
 ) -> tuple[Any, int]:
   """Reads the actor's parameters alone, onto the mesh.
@@ -206,7 +202,7 @@ def restore_actor(
   return state['actor']['params'], metadata['step']
 
 
-def save_once(path: str | epath.Path, tree: Any) -> None:
+def save_once(path: paths.Address, tree: Any) -> None:
   """Writes a pytree of arrays to `path`, whole or not at all; waits for it.
 
   Replaces what is there. For what is written once a run, such as the frozen
@@ -220,7 +216,14 @@ def save_once(path: str | epath.Path, tree: Any) -> None:
     checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
 
 
-def restore_once(path: str | epath.Path, like: Any) -> Any:
+def exists_once(path: paths.Address) -> bool:
+  """Whether `save_once` has written a tree to `path`, to its end."""
+  path = _absolute(path)
+  with _explained(path):
+    return path.exists() and ocp.utils.is_checkpoint_finalized(path)
+
+
+def restore_once(path: paths.Address, like: Any) -> Any:
   """Reads what `save_once` wrote; `like` as in `restore`.
 
   Raises:
@@ -228,7 +231,7 @@ def restore_once(path: str | epath.Path, like: Any) -> Any:
   """
   path = _absolute(path)
   with _explained(path):
-    if not path.exists():
+    if not exists_once(path):
       raise ValueError(
           f'{path} does not exist: it is written when a run starts; give the '
           'working directory of a run that got so far.')
@@ -238,13 +241,13 @@ def restore_once(path: str | epath.Path, like: Any) -> Any:
       return checkpointer.restore(path, args=_restore_args(like))
 
 
-def _absolute(path: str | epath.Path) -> epath.Path:
+def _absolute(path: paths.Address) -> paths.Path:
   """Orbax takes absolute paths only; addresses such as gs:// are."""
-  path = epath.Path(path)
-  return path if '://' in str(path) else epath.Path(os.path.abspath(path))
+  path = paths.Path(path)
+  return path if '://' in str(path) else paths.Path(os.path.abspath(path))
 
 
-def _manager(directory: epath.Path, **options) -> ocp.CheckpointManager:
+def _manager(directory: paths.Path, **options) -> ocp.CheckpointManager:
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   arrays, json = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
   registry.add('state', ocp.args.PyTreeSave, arrays)
@@ -292,7 +295,7 @@ def _restore_args(like: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
 
 
 def _check_fits(
-    saved: Any, like: Any, path: epath.Path, partial: bool
+    saved: Any, like: Any, path: paths.Path, partial: bool
 ) -> None:
   """Raises ValueError unless the leaves of `like` are those of `saved`."""
   saved, like = _leaves(getattr(saved, 'tree', saved)), _leaves(like)
@@ -330,7 +333,7 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _explained(path: epath.Path) -> Iterator[None]:
+def _explained(path: paths.Path) -> Iterator[None]:
   """Turns a failure of the file system into a ValueError that names it."""
   try:
     yield

@@ -29,8 +29,9 @@ from typing import Any, NoReturn
 from absl import app
 from absl import flags
 from absl import logging
-from etils import epath
 import ml_collections
+
+from stepsearch import paths
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FILE_ERRORS = (
@@ -215,23 +216,24 @@ def unknown_variant(arg: str, known: Sequence[str]) -> NoReturn:
       f'commas){_did_you_mean(arg, known)}')
 
 
-def check_workdir(path: str, flag: str = 'workdir') -> epath.Path:
+def check_workdir(path: str, flag: str = 'workdir') -> paths.Path:
   """Creates the directory if need be and proves that it can be written.
+
+  Args:
+    path: on disk or gs://.
+    flag: that gave it, for the message.
 
   Raises:
     ValueError: it cannot be created or written; names the path and the cause.
   """
-  workdir = epath.Path(path)
+  workdir = paths.Path(path)
+  probe = workdir / '.writable'
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / '.writable'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(
-        f'--{flag}={path} cannot be written ({error.strerror or error}): '
-        'choose another directory, or free space and check the permissions '
-        'of this one.') from error
+    paths.write(probe, '')
+    with paths.explained(probe):
+      probe.unlink()
+  except ValueError as error:
+    raise ValueError(f'--{flag}={path}: {error}') from error
   return workdir
 
 
@@ -242,7 +244,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def write(
     config: ml_collections.ConfigDict,
-    workdir: str | epath.Path,
+    workdir: paths.Address,
     may_change: Sequence[str] = (),
 ) -> None:
   """Stores `config.json`; on resume checks it against the stored one first.
@@ -257,7 +259,7 @@ def write(
   Raises:
     ValueError: a leaf differs; names it, the stored and the new value.
   """
-  path = epath.Path(workdir) / 'config.json'
+  path = paths.Path(workdir) / 'config.json'
   text = to_json(config)
   if path.exists():
     try:
@@ -278,13 +280,7 @@ def write(
             f'config.{name} is {after}, but the run in {workdir} was started '
             f'with {before} (its config.json): pass the old value to resume '
             'that run, or choose another --workdir for a new one.')
-  # Rename is atomic on a disk; an object store replaces whole objects anyway.
-  if '://' in str(path):
-    path.write_text(text)
-  else:
-    draft = path.with_suffix('.json.tmp')
-    draft.write_text(text)
-    draft.replace(path)
+  paths.write(path, text)
 
 
 def _override(config: ml_collections.ConfigDict, name: str, text: str) -> None:

@@ -16,12 +16,13 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 from typing import Any, TextIO
 
 import jax
+
+from stepsearch import paths
 
 # A non-finite value in a metric whose last name part contains one of these
 # stops the run: from there on the parameters are lost.
@@ -32,17 +33,20 @@ class Writer:
   """Appends one row per step to metrics.jsonl and to TensorBoard events.
 
   Several `write`s for one step make one row, written by `flush`. In a run of
-  several processes only process 0 writes. `workdir` is a local directory.
+  several processes only process 0 writes. Nothing is appended to an object of a
+  store: there each `flush` writes both files anew.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], tensorboard: bool = True):
-    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+  def __init__(self, workdir: paths.Address, tensorboard: bool = True):
+    self._path = paths.Path(workdir) / 'metrics.jsonl'
     self._rows = {}  # step -> {metric: float}, not yet written
     self._last = None  # last step written by this object
     self._active = jax.process_index() == 0
+    self._text: str | None = None  # of an object in a store, once it is known
     self._tensorboard = None
     if self._active and tensorboard:
-      self._tensorboard = _tensorboard(self._path.parent / 'tensorboard')
+      self._events = paths.Mirror(self._path.parent / 'tensorboard')
+      self._tensorboard = _tensorboard(self._events.local)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Adds scalars (Python, numpy or jax) to the row of `step`.
@@ -65,14 +69,18 @@ class Writer:
     self._last = due[-1]
     if not self._active:
       return
-    with self._path.open('a', encoding='utf-8') as file:
-      for s, row in rows:
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        file.write(json.dumps({'step': s} | finite) + '\n')
-    if self._tensorboard is not None:
-      for s, row in rows:
-        self._tensorboard.write_scalars(s, row)
-      self._tensorboard.flush()
+    self._append(''.join(_line(s, row) for s, row in rows))
+    self._draw(rows)
+
+  def amend(self, metrics: Mapping[str, Any]) -> None:
+    """Adds metrics to the last row of the file, atomically."""
+    if not self._active:
+      return
+    metrics = {name: float(value) for name, value in metrics.items()}
+    *before, last = read(self._path)
+    step = last.pop('step')
+    self._rewrite([*before, {'step': step} | last | metrics])
+    self._draw([(step, metrics)])
 
   def cut_back(self, step: int) -> None:
     """Drops the rows after `step` (on resume; -1 drops all), atomically.
@@ -86,27 +94,52 @@ class Writer:
     self._last = None
     if not self._active or not self._path.exists():
       return
-    draft = self._path.with_suffix('.jsonl.tmp')
-    with draft.open('w', encoding='utf-8') as file:
-      for row in read(self._path):
-        if row['step'] <= step:
-          file.write(json.dumps(row) + '\n')
-    os.replace(draft, self._path)
+    self._rewrite([row for row in read(self._path) if row['step'] <= step])
 
   def close(self) -> None:
     """Writes what is left and closes the event file."""
     self.flush()
     if self._tensorboard is not None:
       self._tensorboard.close()
+      self._events.close()
+
+  def _append(self, text):
+    if not paths.is_remote(self._path):
+      with self._path.open('a') as file:
+        file.write(text)
+      return
+    if self._text is None:
+      self._text = self._path.read_text() if self._path.exists() else ''
+    self._text += text
+    paths.write(self._path, self._text)
+
+  def _rewrite(self, rows):
+    self._text = ''.join(_line(row['step'], row) for row in rows)
+    paths.write(self._path, self._text)
+
+  def _draw(self, rows):
+    """Writes (step, row) pairs as TensorBoard events."""
+    if self._tensorboard is not None:
+      for step, row in rows:
+        self._tensorboard.write_scalars(step, row)
+      self._tensorboard.flush()
+      self._events.copy()
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _line(step, row):
+  finite = {
+      name: None if value is None or not math.isfinite(value) else value
+      for name, value in row.items()}
+  return json.dumps({'step': step} | finite) + '\n'
+
+
+def read(path: paths.Address) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a torn last line (a killed run) is ignored.
 
   Raises:
     ValueError: a line before the last is not a JSON object with a step.
   """
-  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  lines = paths.Path(path).read_text().splitlines()
   rows = []
   for number, line in enumerate(lines, start=1):
     try:
@@ -177,7 +210,7 @@ class Delayed:
 def check_finite(
     step: int,
     metrics: Mapping[str, float],
-    workdir: str | os.PathLike[str],
+    workdir: paths.Address,
     last_checkpoint: int | None = None,
 ) -> None:
   """Stops a run whose loss, gradient norm or KL is NaN or infinite.
@@ -308,12 +341,11 @@ def _duration(seconds: float) -> str:
   return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
-def _tensorboard(directory: pathlib.Path) -> Any | None:
+def _tensorboard(directory: os.PathLike[str]) -> Any | None:
   """A clu writer, or None with a notice where TensorFlow is missing."""
-  # TensorFlow prints its CPU features to stderr otherwise; epath would hand
-  # gs:// to it. Imported here because it takes 5-6 CPU seconds.
+  # TensorFlow prints its CPU features to stderr otherwise. Imported here
+  # because it takes 5-6 CPU seconds.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
-  os.environ.setdefault('EPATH_USE_TF', 'false')
   try:
     from clu import metric_writers
   except ImportError as error:

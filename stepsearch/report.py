@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import os
+import io
 from typing import Any
+
+from stepsearch import paths
 
 # Panel: title, range of the vertical axis (None = the data's), and its lines
 # as (metric, label).
@@ -32,7 +34,7 @@ _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
 
 
 def learning_curve(
-    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
+    rows: Sequence[Mapping[str, Any]], path: paths.Address
 ) -> None:
   """Draws metrics.jsonl as a PNG of about 1200 x 800 pixels.
 
@@ -41,7 +43,7 @@ def learning_curve(
 
   Args:
     rows: as `metrics.read` returns them; absent or null metrics are skipped.
-    path: the PNG to write.
+    path: the PNG to write, on disk or gs://.
 
   Raises:
     ValueError: no row holds any of the metrics that are drawn.
@@ -98,7 +100,9 @@ def learning_curve(
           frameon=False, fontsize=11, loc='best', handlelength=1.4)
   for axis in axes[len(panels):]:
     axis.set_visible(False)
-  figure.savefig(path)
+  drawn = io.BytesIO()
+  figure.savefig(drawn, format='png')
+  paths.write(path, drawn.getvalue())
 
 
 def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:

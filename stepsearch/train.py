@@ -2,7 +2,8 @@
 
     warm-up ─▶ step 0 ─▶ [collect ─▶ score ─▶ make_batch ─▶ update]* ─▶ report
 
-The same command again resumes, bitwise; a finished run says so.
+The same command again resumes, bitwise; a finished run says so. SIGTERM stops
+a run at the next safe point, with its last finished step saved.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import shlex
 import sys
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -24,6 +24,8 @@ from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import evaluation
 from stepsearch import metrics
+from stepsearch import paths
+from stepsearch import preemption
 from stepsearch import report
 from stepsearch import sharding
 from stepsearch import warmup
@@ -41,233 +43,325 @@ _MAY_CHANGE = (
 def train(
     config: ml_collections.ConfigDict, workdir: str,
     source: str = '--config=FILE',
-) -> dict[str, float]:
+) -> dict[str, float] | None:
   """Trains to the end, or on from the last checkpoint.
 
   Args:
     config: as of configs/default.py.
-    workdir: receives config.json, metrics.jsonl, tensorboard/, index/,
-      model/, reference/, checkpoints/, transcripts/, eval.json,
-      learning_curve.png.
+    workdir: on disk or gs://; receives config.json, metrics.jsonl,
+      tensorboard/, index/, model/, reference/, checkpoints/, transcripts/,
+      eval.json, learning_curve.png.
     source: the --config flags, for the command that is shown at the end.
 
   Returns:
-    the final evaluation, as of `evaluation.summary`.
+    the final evaluation, as of `evaluation.summary`; None where SIGTERM came
+    before it.
 
   Raises:
-    ValueError: a config, file or workdir that cannot work, before any compute.
+    ValueError: a config, file or workdir that cannot work, before any compute;
+      a store that cannot be reached.
     FloatingPointError: the run has diverged.
   """
   assembly.tune_host()
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-  if '://' in workdir:
-    raise ValueError(
-        f'--workdir={workdir}: a local directory is needed; copy it to the '
-        'object store afterwards.')
-  root = pathlib.Path(config_lib.check_workdir(workdir))
+  root = config_lib.check_workdir(workdir)
+  progress = metrics.Progress(config.num_steps)
   if (root / 'config.json').exists():
     config_lib.write(config, root, _MAY_CHANGE)
-  progress = metrics.Progress(config.num_steps)
   finished = root / 'eval.json'
   if finished.exists():
-    stored = json.loads(finished.read_text())
     progress.line(f'{root} is a finished run of {config.num_steps} steps.')
-    _conclude(progress, root, stored, source)
-    return stored['after']['greedy']
+  else:
+    with preemption.listening() as stop:
+      try:
+        _train(config, root, progress, stop)
+      except preemption.Stopped:
+        return None
+  stored = json.loads(finished.read_text())
+  _conclude(progress, root, stored, source)
+  return stored['after']['greedy']
 
-  parts = assembly.build(config, root, say=progress.line)
-  learner = parts.learner
-  # Only now: a config that was refused must not be what a later one is
-  # compared with.
-  config_lib.write(config, root, _MAY_CHANGE)
-  assembly.write_card(parts, root / 'model')
-  key = jax.random.key(config.seed)
-  init_key, rollout_key, update_key, eval_key = (
-      jax.random.fold_in(key, i) for i in range(4))
-  each = config.rollouts_per_question
-  questions = loader.Loader(
-      parts.train, config.batch_size // each, config.seed,
-      jax.process_index(), jax.process_count())
-  timer = metrics.Timer()
 
+def _train(config, root, progress, stop):
+  """All of a run, up to its eval.json."""
+  try:
+    parts = assembly.build(
+        config, root, say=progress.line, on_tick=stop.check)
+    # Only now: a config that was refused must not be what a later one is
+    # compared with.
+    config_lib.write(config, root, _MAY_CHANGE)
+    assembly.write_card(parts, root / 'model')
+  except preemption.Stopped:
+    progress.line('stopped: the same command starts anew')
+    raise
+  stop.deferred = True
   with contextlib.ExitStack() as stack:
-    store = stack.enter_context(checkpoints.Checkpoints(
+    if paths.is_remote(root):
+      stack.enter_context(paths.explained(root))
+    run = _Run(parts, root, progress, stop, stack)
+    try:
+      run.begin()
+      while run.done < config.num_steps:
+        run.step()
+        run.after_step()
+      run.finish()
+    except KeyboardInterrupt:
+      progress.line(f'interrupted: the same command {run.resumes()}')
+      raise
+    except preemption.Stopped:
+      run.keep()
+      progress.line(f'stopped: the same command {run.resumes()}')
+      raise
+    except retriever.Unavailable as error:
+      run.keep()
+      raise ValueError(
+          f'{error} The same command {run.resumes()}.') from error
+
+
+class _Run:
+  """A run under way: its state, and what it writes and shows.
+
+  Attributes:
+    done: finished steps, of which `state` is the result. Whoever stops a run
+      does so where this holds.
+  """
+
+  def __init__(self, parts, root, progress, stop, stack):
+    config = parts.config
+    self._config, self._parts, self._root = config, parts, root
+    self._progress, self._stop = progress, stop
+    key = jax.random.key(config.seed)
+    self._init_key, self._rollout_key, self._update_key, self._eval_key = (
+        jax.random.fold_in(key, i) for i in range(4))
+    self._each = config.rollouts_per_question
+    self._questions = loader.Loader(
+        parts.train, config.batch_size // self._each, config.seed,
+        jax.process_index(), jax.process_count())
+    self._timer = metrics.Timer()
+    self._delayed = metrics.Delayed()
+    self._host: dict[int, dict[str, float]] = {}  # step -> its host metrics
+    self._store = stack.enter_context(checkpoints.Checkpoints(
         root / 'checkpoints', keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best))
-    writer = stack.enter_context(contextlib.closing(
+    self._writer = stack.enter_context(contextlib.closing(
         metrics.Writer(root, config.tensorboard)))
+    self.state: Any = None
+    self.done = 0
+    self._saved: int | None = None  # step of the newest checkpoint
+    self._final: dict[str, Any] | None = None  # the last step's evaluation
 
-    def interrupted(kind, *_):
-      if kind is KeyboardInterrupt:
-        saved = store.latest()
-        progress.line(
-            'interrupted: the same command '
-            + ('starts anew' if saved is None else f'goes on from step {saved}')
-        )
+  # -- the beginning -----------------------------------------------------------
 
-    stack.push(interrupted)
-
-    def evaluated(step, params, ends, record=True):
-      """Plays the held-out questions; sampled too, at both ends of the run."""
-      found = {}
-      kinds = ('greedy', 'sampled') if ends and config.eval.sampled else (
-          'greedy',)
-      for kind in kinds:
-        failed = parts.retriever.failed
-        with timer.section('eval'):
-          try:
-            found[kind], rows = evaluation.evaluate(
-                parts.collect, parts.score, params, parts.eval,
-                config.eval.batch_size, jax.random.fold_in(eval_key, step),
-                greedy=kind == 'greedy')
-          except retriever.Unavailable as error:
-            raise ValueError(
-                f'{error} That was in the evaluation of step {step}: the same '
-                'command goes on from the last checkpoint.') from error
-        _write_rows(
-            root / 'transcripts' / f'step_{step:06d}_{kind}.jsonl', rows)
-        if record:
-          prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
-          shown = found[kind] | {
-              'failed_searches': parts.retriever.failed - failed}
-          writer.write(
-              step, {f'{prefix}/{name}': x for name, x in shown.items()})
-      return found
-
-    def saved(step, state, found):
-      with timer.section('checkpoint'):
-        store.save(
-            step, state,
-            {'step': step, 'next_example': step * config.batch_size // each,
-             'config': json.loads(config_lib.to_json(config)),
-             'model': dataclasses.asdict(parts.model)},
-            {'eval/em': found['em']} if found else None)
-
-    # -- step 0: the warmed-up policy, which is also the reference -------------
-    first = store.latest()
+  def begin(self):
+    """Step 0, the warmed-up policy and reference; or the last checkpoint."""
+    learner, root = self._parts.learner, self._root
+    first = self._store.latest()
     if first is None:
-      params, reference = _step_zero(
-          parts, learner, root, init_key, progress, timer)
-      state = learner.start(params)
-      writer.cut_back(-1)
-      found = evaluated(0, state.actor.params, True)
-      _show(progress, 'after warm-up', found)
-      writer.write(0, timer.flush())
-      writer.flush()
+      params, self._reference = _step_zero(
+          self._parts, root, self._init_key, self._progress, self._timer,
+          self._stop)
+      self.state = learner.start(params)
+      self._writer.cut_back(-1)
+      found, row = self._evaluate(ends=True)
+      _print_means(self._progress, 'after warm-up', found)
+      self._writer.write(0, row | self._timer.flush())
+      self._writer.flush()
       _write_json(root / 'before.json', found)
-      saved(0, state, found['greedy'])
-      first = 0
+      self._save(found['greedy'])
     else:
       like = jax.tree.map(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-          jax.eval_shape(learner.init, init_key), learner.shardings)
-      state, _ = store.restore(like)
-      reference = checkpoints.restore_once(
+          jax.eval_shape(learner.init, self._init_key), learner.shardings)
+      self.state, _ = self._store.restore(like)
+      self._reference = checkpoints.restore_once(
           root / 'reference', like.actor.params)
-      writer.cut_back(first)
-      progress.line(f'resumed {root} at step {first}')
-
-    # -- StePPO ----------------------------------------------------------------
-    delayed = metrics.Delayed()
-    host: dict[int, dict[str, float]] = {}
-    last_saved = [first]
-
-    def report_step(ready, em=None):
-      """Writes and shows the device metrics of a step that has finished."""
-      if ready is None:
-        return
-      step, values = ready
-      metrics.check_finite(step, values, root, last_saved[0])
-      row = host.pop(step)
-      writer.write(step, values | row)
-      shown = {'answer': row['reward/answer'], 'key': row['reward/search_key'],
-               'gain': row['reward/information_gain'],
-               'redundancy': row['reward/redundancy']}
-      progress.step(step, shown, row['rollout/tokens_per_s'], em)
-
+      self.done = self._saved = first
+      self._writer.cut_back(first)
+      self._progress.line(f'resumed {root} at step {first}')
+      self._catch_up()
     known = [
         row['eval/em'] for row in metrics.read(root / 'metrics.jsonl')
         if 'eval/em' in row]
-    progress.start(known[-1] if known else None)
-    final = None
-    for step in range(first, config.num_steps):
-      batch_examples = [
-          example for example in questions.batch(step) for _ in range(each)]
-      with timer.section('update'):  # the rollout would wait for it anyway
-        jax.block_until_ready(state.actor.params)
-      start = time.perf_counter()
-      with timer.section('rollout'):
-        failed = parts.retriever.failed
-        try:
-          trajectory, transcripts = parts.collect(
-              state.actor.params, batch_examples,
-              jax.random.fold_in(rollout_key, step))
-        except retriever.Unavailable as error:
-          if step > last_saved[0]:
-            report_step(delayed.drain())
-            writer.flush(step)
-            saved(step, state, None)
-          raise ValueError(
-              f'{error} What was learnt up to step {step} is saved, and the '
-              'same command goes on from there.') from error
-      seconds = time.perf_counter() - start
-      with timer.section('reward'):
-        scores = parts.score(batch_examples, transcripts)
-        mask, turn_ends = jax.device_get(
-            (trajectory.loss_mask, trajectory.turn_ends))
-        rewards = sharding.shard_batch(
-            rewards_lib.place(scores, mask, turn_ends), parts.mesh)
-      with timer.section('update'):
-        batch, target_metrics = learner.make_batch(
-            state, reference, trajectory, rewards)
-        state, update_metrics = learner.update(
-            state, batch, jax.random.fold_in(update_key, step))
-      done = step + 1
-      last = done == config.num_steps
-      host[done] = evaluation.rollout_metrics(
-          transcripts, scores, int(mask.sum()), seconds)
-      host[done] |= parts.collect.metrics | {
-          'rollout/failed_searches': parts.retriever.failed - failed}
-      ready = delayed.push(done, target_metrics | update_metrics)
-      report_step(ready)
-      found = None
-      if last or done % config.eval.every == 0:
-        with timer.section('update'):
-          ready = delayed.drain()
-        found = evaluated(done, state.actor.params, last)
-        report_step(ready, found['greedy']['em'])
-        final = found if last else None
-      elif done % config.checkpoint.every == 0:
-        report_step(delayed.drain())
-      writer.write(done, timer.flush())
-      writer.flush(done - 1 if done in host else done)
-      if last or done % config.checkpoint.every == 0:
-        saved(done, state, found['greedy'] if found else None)
-        last_saved[0] = done
+    self._progress.start(known[-1] if known else None)
 
-    if final is None:  # no step was left to take; the last row is written
-      final = evaluated(config.num_steps, state.actor.params, True, False)
-    store.wait()
+  def _catch_up(self):
+    """The evaluation that the run was stopped in, or ended without."""
+    *_, row = metrics.read(self._root / 'metrics.jsonl')
+    missing = self._due() and 'eval/em' not in row
+    last = self.done == self._config.num_steps
+    if missing or last:
+      found, row = self._evaluate(ends=last)
+      if missing:
+        self._writer.amend(row)
+      self._final = found if last else None
 
-  before = json.loads((root / 'before.json').read_text())
-  stored = {'before': before, 'after': final, 'dtype': config.model.dtype}
-  report.learning_curve(
-      metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
-  _write_json(finished, stored)
-  _conclude(progress, root, stored, source)
-  return final['greedy']
+  # -- a step ------------------------------------------------------------------
+
+  def step(self):
+    """Plays the questions of a step and learns from them."""
+    step, parts, timer = self.done, self._parts, self._timer
+    examples = [
+        example for example in self._questions.batch(step)
+        for _ in range(self._each)]
+    with timer.section('update'):  # the rollout would wait for it anyway
+      jax.block_until_ready(self.state.actor.params)
+    failed, start = parts.retriever.failed, time.perf_counter()
+    with timer.section('rollout'):
+      trajectory, transcripts = parts.collect(
+          self.state.actor.params, examples,
+          jax.random.fold_in(self._rollout_key, step))
+    seconds = time.perf_counter() - start
+    with timer.section('reward'):
+      scores = parts.score(examples, transcripts)
+      mask, turn_ends = jax.device_get(
+          (trajectory.loss_mask, trajectory.turn_ends))
+      rewards = sharding.shard_batch(
+          rewards_lib.place(scores, mask, turn_ends), parts.mesh)
+    self._stop.check()
+    with timer.section('update'):
+      batch, target_metrics = parts.learner.make_batch(
+          self.state, self._reference, trajectory, rewards)
+      self.state, update_metrics = parts.learner.update(
+          self.state, batch, jax.random.fold_in(self._update_key, step))
+    self.done = step + 1
+    self._host[self.done] = evaluation.rollout_metrics(
+        transcripts, scores, int(mask.sum()), seconds)
+    self._host[self.done] |= parts.collect.metrics | {
+        'rollout/failed_searches': parts.retriever.failed - failed}
+    self._show(self._record(
+        self._delayed.push(self.done, target_metrics | update_metrics)))
+
+  def after_step(self):
+    """What is due after a step: its evaluation, its row, a checkpoint."""
+    config, done = self._config, self.done
+    last = done == config.num_steps
+    keep = last or done % config.checkpoint.every == 0
+    row = found = None
+    if keep or self._due():
+      with self._timer.section('update'):
+        row = self._record(self._delayed.drain())
+    if self._due():
+      found, scores = self._evaluate(ends=last)
+      self._writer.write(done, scores)
+      self._final = found if last else None
+    self._show(row, found and found['greedy']['em'])
+    self._writer.write(done, self._timer.flush())
+    self._writer.flush(done - 1 if done in self._host else done)
+    if keep:
+      self._save(found and found['greedy'])
+    if not last:
+      self._stop.check()
+
+  def _due(self):
+    """Whether the step that is done is one to be evaluated."""
+    return self.done == self._config.num_steps or (
+        self.done % self._config.eval.every == 0)
+
+  def _evaluate(self, ends):
+    """Plays the held-out questions; sampled too, at both ends of the run.
+
+    Returns:
+      the summaries by kind, and the metrics that go into the step's row.
+    """
+    config, parts = self._config, self._parts
+    found, metrics_row = {}, {}
+    kinds = ('greedy', 'sampled') if ends and config.eval.sampled else (
+        'greedy',)
+    for kind in kinds:
+      failed = parts.retriever.failed
+      with self._timer.section('eval'):
+        found[kind], rows = evaluation.evaluate(
+            parts.collect, parts.score, self.state.actor.params, parts.eval,
+            config.eval.batch_size,
+            jax.random.fold_in(self._eval_key, self.done),
+            greedy=kind == 'greedy')
+      paths.write(
+          self._root / 'transcripts' / f'step_{self.done:06d}_{kind}.jsonl',
+          ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+      prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
+      shown = found[kind] | {
+          'failed_searches': parts.retriever.failed - failed}
+      metrics_row |= {f'{prefix}/{name}': x for name, x in shown.items()}
+    return found, metrics_row
+
+  def _record(self, ready):
+    """Writes the row of a step whose device metrics are there.
+
+    Returns:
+      what `_show` shows of it; None without a step.
+    """
+    if ready is None:
+      return None
+    step, values = ready
+    metrics.check_finite(step, values, self._root, self._saved)
+    row = self._host.pop(step)
+    self._writer.write(step, values | row)
+    return step, {
+        'answer': row['reward/answer'], 'key': row['reward/search_key'],
+        'gain': row['reward/information_gain'],
+        'redundancy': row['reward/redundancy']}, row['rollout/tokens_per_s']
+
+  def _show(self, row, em=None):
+    if row is not None:
+      self._progress.step(*row, em)
+
+  # -- what is kept ------------------------------------------------------------
+
+  def _save(self, found=None):
+    """Starts to save the finished step, with its evaluation if it has one."""
+    with self._timer.section('checkpoint'):
+      self._store.save(
+          self.done, self.state,
+          {'step': self.done,
+           'next_example': self.done * self._config.batch_size // self._each,
+           'config': json.loads(config_lib.to_json(self._config)),
+           'model': dataclasses.asdict(self._parts.model)},
+          {'eval/em': found['em']} if found else None)
+    self._saved = self.done
+
+  def keep(self):
+    """Saves the last finished step, unless it is, and waits for it.
+
+    Before the first checkpoint the reference is all that is kept.
+    """
+    if self._saved is not None and self.done > self._saved:
+      self._show(self._record(self._delayed.drain()))
+      self._writer.flush(self.done)
+      self._save()
+    self._store.wait()
+
+  def resumes(self):
+    """How the same command goes on."""
+    saved = self._store.latest()
+    if saved is not None:
+      return f'goes on from step {saved}, which is saved'
+    if checkpoints.exists_once(self._root / 'reference'):
+      return 'goes on from the warmed-up policy, which is saved'
+    return 'starts anew'
+
+  def finish(self):
+    """Leaves the learning curve and eval.json."""
+    if self._final is None:  # there was no step to take
+      self._final, _ = self._evaluate(ends=True)
+    self._store.wait()
+    root = self._root
+    report.learning_curve(
+        metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
+    _write_json(root / 'eval.json', {
+        'before': json.loads((root / 'before.json').read_text()),
+        'after': self._final, 'dtype': self._config.model.dtype})
 
 
-def _step_zero(parts, learner, root, key, progress, timer):
+def _step_zero(parts, root, key, progress, timer, stop):
   """The warmed-up policy, and the frozen copy of it that is the reference."""
   config = parts.config
   reference_path = root / 'reference'
-  if reference_path.exists():
+  if checkpoints.exists_once(reference_path):
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(lambda: qwen.init(parts.model, key)),
-        learner.shardings.actor.params)
+        parts.learner.shardings.actor.params)
     reference = checkpoints.restore_once(reference_path, like)
     return reference, reference
   params = assembly.parameters(parts, key)
@@ -275,18 +369,22 @@ def _step_zero(parts, learner, root, key, progress, timer):
     with timer.section('warmup'):
       demonstrations = assembly.demonstrations(parts)
       with progress.phase('warm-up', config.warmup.steps) as tick:
+
+        def on_step(step, row):
+          tick(step, loss=row['warmup/loss'])
+          stop.check()  # its updates are few: it would start anew
+
         params = warmup.train(
             params, demonstrations, parts.model,
             warmup.Config(**config.warmup.to_dict()), parts.mesh, config.seed,
             length_multiple=config.rollout.length_multiple,
             logprob_chunk=config.ppo.logprob_chunk,
-            augment=assembly.renames(parts),
-            on_step=lambda step, row: tick(step, loss=row['warmup/loss']))
+            augment=assembly.renames(parts), on_step=on_step)
   checkpoints.save_once(reference_path, params)
   return params, params
 
 
-def _show(progress, when, found):
+def _print_means(progress, when, found):
   for kind, row in found.items():
     progress.line(
         f'{when}, {kind}: EM {row["em"]:.3f}  F1 {row["f1"]:.3f}  searches '
@@ -321,19 +419,8 @@ def _conclude(progress, root, stored, source):
       f'{shlex.quote(str(root / "exported"))}')
 
 
-def _write_rows(path, rows):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_suffix('.tmp')
-  draft.write_text(''.join(
-      json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
-                   encoding='utf-8')
-  draft.replace(path)
-
-
 def _write_json(path, value):
-  draft = path.with_suffix('.tmp')
-  draft.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(draft, path)
+  paths.write(path, json.dumps(value, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -145,7 +145,7 @@ def test_check_workdir(tmp_path):
   workdir = config_lib.check_workdir(str(tmp_path / 'a' / 'b'))
   assert workdir.is_dir() and not list(workdir.iterdir())
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='file/x cannot be written.*directory'):
+  with pytest.raises(ValueError, match='=.*file/x: .*cannot be .*directory'):
     config_lib.check_workdir(str(tmp_path / 'file' / 'x'))
 
 

@@ -176,7 +176,7 @@ def test_an_engine_that_is_down_stops_the_run_and_loses_nothing(
     return real(*args, **options)
 
   monkeypatch.setattr(collect.Collector, '__call__', down)
-  with pytest.raises(ValueError, match='up to step 1 is saved'):
+  with pytest.raises(ValueError, match='from step 1, which is saved'):
     train.train(_config(), str(tmp_path))
   assert [row['step'] for row in metrics.read(tmp_path / 'metrics.jsonl')] == [
       0, 1]

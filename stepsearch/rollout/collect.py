@@ -67,6 +67,7 @@ class Collector:
   def __init__(
       self, model: qwen.Config, config: Config, tokenizer: Any,
       protocol: protocol_lib.Protocol, search: Search, mesh: Any,
+      on_tick: Callable[[], None] | None = None,
   ):
     """Checks the budgets and builds the stop table.
 
@@ -77,6 +78,7 @@ class Collector:
       protocol: the texts around the policy's turns.
       search: (queries, k) -> one list of documents a query.
       mesh: rows are split over its batch axes.
+      on_tick: called after each chunk; what it raises ends the call.
 
     Raises:
       ValueError: a budget that cannot hold a turn, sampling out of range.
@@ -89,6 +91,7 @@ class Collector:
     self._search = search
     self._searching = threading.Lock()
     self._mesh = mesh
+    self._on_tick = on_tick or (lambda: None)
     self._model = model
     self._feed = _FEED.get(
         mesh.devices.flat[0].platform, _FEED_ELSEWHERE)
@@ -168,6 +171,7 @@ class Collector:
       play.gather()
       play.decode()
       play.read()
+      self._on_tick()
     self.metrics = play.metrics()
     return play.trajectory(), play.transcripts()
 
