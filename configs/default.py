@@ -50,6 +50,9 @@ def get_config(arg=''):
       passage_prefix=config_dict.placeholder(str),
       index='auto',  # auto | scann | exact
       directory='',  # '' = <workdir>/index
+      # Of several processes each holds the index, or a shard of it: replicated
+      # | sharded.
+      placement='replicated',
       # A server of Search-R1's protocol, such as `python -m stepsearch.serve`;
       # several that serve the same (replicas), joined by commas.
       url='',

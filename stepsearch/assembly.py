@@ -467,6 +467,13 @@ def _retriever(config, corpus, workdir, say, gold=()):
         'config.retriever.embedder = lexical takes no prefix: leave it out, or '
         'name the folder of an encoder.')
   config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
+  config_lib.choice(
+      'retriever.placement', c.placement, ('replicated', 'sharded'))
+  config_lib.require(
+      c.placement == 'replicated' or not (c.url or c.factory),
+      'retriever.placement', c.placement,
+      'what is behind retriever.url or factory is not split here: leave it out.'
+  )
   config_lib.require(
       not (c.url and c.factory), 'retriever.url', c.url,
       f'retriever.factory = {c.factory!r} is an engine too: leave one out.')
@@ -478,6 +485,10 @@ def _retriever(config, corpus, workdir, say, gold=()):
   if c.factory:
     return retriever_lib.from_factory(c.factory, c, **patience)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
+  shard = (0, 1)
+  if c.placement == 'sharded' and jax.process_count() > 1:
+    shard = jax.process_index(), jax.process_count()
+    directory = os.path.join(directory, f'shard-{shard[0]:05}-of-{shard[1]:05}')
   embedder = c.embedder
   if embedder != 'lexical':
     try:
@@ -489,7 +500,7 @@ def _retriever(config, corpus, workdir, say, gold=()):
     say(f'{c.embedder}: {embedder.fingerprint}')
   engine = retriever_lib.build(
       corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
-      directory=directory)
+      directory=directory, shard=shard)
   say(f'index of {len(engine):,} passages in {directory}')
   return engine
 

@@ -18,7 +18,8 @@ from .31 to .39 at 1024 dimensions (sparse vectors without hashing: .44).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import itertools
 import pathlib
 import re
 from typing import Protocol
@@ -87,12 +88,13 @@ class LexicalEmbedder:
     self._keys = np.zeros([0], np.uint64)  # sorted features, see `_features`
     self._weights = np.zeros([0], np.float32)  # their b_f idf_f
 
-  def fit(self, texts: Sequence[str]) -> LexicalEmbedder:
+  def fit(self, texts: Iterable[str]) -> LexicalEmbedder:
     """Learns the vocabulary and its idf from the passages; returns itself."""
     self._words = {}
     seen = []  # per chunk: features and how many of its texts hold them
-    for start in range(0, len(texts), _CHUNK):
-      chunk = texts[start : start + _CHUNK]
+    texts, size = iter(texts), 0
+    while chunk := list(itertools.islice(texts, _CHUNK)):
+      size += len(chunk)
       rows = []
       for text in chunk:
         words = _split(text)
@@ -111,7 +113,7 @@ class LexicalEmbedder:
       frequency = np.bincount(
           where, weights=np.concatenate([count for _, count in seen])
       )
-      idf = np.log1p((len(texts) - frequency + 0.5) / (frequency + 0.5))
+      idf = np.log1p((size - frequency + 0.5) / (frequency + 0.5))
       is_pair = (self._keys >> _LOW_BITS) > 0
       self._weights = np.where(
           is_pair, self.bigram_weight * idf, idf

@@ -79,8 +79,9 @@ class Index:
       k: neighbours a query, 1 <= k <= n.
 
     Returns:
-      rows [m, k] int64 and inner products [m, k] float32. Equal scores are
-      ordered by row.
+      rows [m, k] int64 and inner products [m, k] float64: exact ones to nine
+      decimals, approximate ones as ScaNN's float32. Equal scores are ordered
+      by row.
 
     Raises:
       ValueError: k is out of range.
@@ -92,7 +93,7 @@ class Index:
       )
     queries = np.ascontiguousarray(queries, np.float32)
     if not len(queries):
-      return np.zeros([0, k], np.int64), np.zeros([0, k], np.float32)
+      return np.zeros([0, k], np.int64), np.zeros([0, k])
     if not self.approximate:
       return self.exact_search(queries, k)
     rows, scores = self._ask_scann(queries, k)
@@ -127,7 +128,7 @@ class Index:
           for i in range(0, len(queries), step)
       ])
     rows = np.empty([len(queries), k], np.int64)
-    scores = np.empty([len(queries), k], np.float32)
+    scores = np.empty([len(queries), k])
     for i, found in enumerate(np.sort(candidates, axis=1)):
       exact = np.einsum(
           'kd,d->k',
@@ -167,7 +168,7 @@ class Index:
     rows, scores = self._searcher.search_batched_parallel(
         queries, final_num_neighbors=k, batch_size=32, **options
     )
-    return rows.astype(np.int64), scores
+    return rows.astype(np.int64), scores.astype(np.float64)
 
 
 def build(

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -43,7 +42,15 @@ class Engine(Protocol):
 
 
 class Retriever:
-  """Dense search over a corpus held in memory."""
+  """Dense search over a corpus, or over one shard of it.
+
+  Attributes:
+    documents: what is searched.
+    embedder: made the vectors of the index.
+    index: rows are those of `documents`.
+    corpus: fingerprint of the whole corpus.
+    shard: (p, P) where `documents` are p::P of the corpus; else (0, 1).
+  """
 
   failed = 0  # as of `Patient`
 
@@ -52,6 +59,8 @@ class Retriever:
       documents: Sequence[Document],
       embedder: embedding.Embedder,
       index: indexing.Index,
+      corpus: str,
+      shard: tuple[int, int] = (0, 1),
   ):
     shape = (len(documents), embedder.dimensions)
     if index.vectors.shape != shape:
@@ -63,15 +72,17 @@ class Retriever:
     self.documents = tuple(documents)
     self.embedder = embedder
     self.index = index
+    self.corpus = corpus
+    self.shard = shard
 
   def __len__(self) -> int:
     return len(self.documents)
 
-  @functools.cached_property
+  @property
   def fingerprints(self) -> dict[str, str]:
     """Names of corpus and embedder; an index is loaded for these only."""
-    return self.index.fingerprints or {
-        'corpus': corpus_fingerprint(self.documents),
+    return {
+        'corpus': _shard_fingerprint(self.corpus, self.shard),
         'embedder': self.embedder.fingerprint,
     }
 
@@ -91,12 +102,17 @@ class Retriever:
     Raises:
       ValueError: k is out of range.
     """
-    if not 1 <= k <= len(self):
-      raise ValueError(
-          f'k = {k} documents a query were asked of a corpus of {len(self)}:'
-          f' k must be between 1 and {len(self)}.'
-      )
-    results: list[list[Document]] = [[] for _ in queries]
+    return [
+        [scored(self.documents[row], score) for row, score in found]
+        for found in self.nearest(queries, k)
+    ]
+
+  def nearest(
+      self, queries: Sequence[str], k: int
+  ) -> list[list[tuple[int, float]]]:
+    """As `search`, but gives rows of `documents` with their inner product."""
+    check_k(k, len(self))
+    results: list[list[tuple[int, float]]] = [[] for _ in queries]
     asked = [i for i, query in enumerate(queries) if query.strip()]
     if not asked:
       return results
@@ -104,11 +120,8 @@ class Retriever:
     meaningful = vectors.any(axis=1)
     rows, scores = self.index.search(vectors[meaningful], k)
     asked = [i for i, kept in zip(asked, meaningful) if kept]
-    for i, found, values in zip(asked, rows, scores):
-      results[i] = [
-          dataclasses.replace(self.documents[row], score=float(value))
-          for row, value in zip(found, values)
-      ]
+    for i, found, values in zip(asked, rows.tolist(), scores.tolist()):
+      results[i] = list(zip(found, values))
     return results
 
   def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -147,18 +160,21 @@ def build(
     index: str = 'auto',
     directory: str | os.PathLike[str] | None = None,
     replace: bool = False,
+    shard: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
     **parameters,
 ) -> Retriever:
   """Makes a retriever, or loads the one that is saved.
 
   Args:
-    documents: the corpus.
+    documents: the whole corpus, also where one shard of it is built: what the
+      lexical embedder learns, and the fingerprint, are of all of it.
     embedder: 'lexical', or an encoder (`encoders.load`).
     dimensions: of the lexical embedder.
     index: backend, as of `index.build`.
     directory: loaded from if an index is there, else saved to.
     replace: build anew and replace the index that is there.
+    shard: (p, P): index the passages p::P only.
     progress: called with (passages embedded, passages in all).
     **parameters: of `index.build`; a loaded index keeps its own.
 
@@ -179,19 +195,22 @@ def build(
     )
   if directory is not None and indexing.exists(directory) and not replace:
     return load(
-        directory, documents=documents, embedder=embedder, index=index
+        directory, documents=documents, embedder=embedder, index=index,
+        shard=shard,
     )
-  texts = [passage_text(document) for document in documents]
   if isinstance(embedder, embedding.LexicalEmbedder):
-    embedder.fit(texts)
-  vectors = np.empty([len(texts), embedder.dimensions], np.float32)
-  for start in range(0, len(texts), _CHUNK):
-    stop = min(start + _CHUNK, len(texts))
-    vectors[start:stop] = embedder.embed_passages(texts[start:stop])
+    embedder.fit(map(passage_text, documents))
+  mine = _part(documents, shard)
+  vectors = np.empty([len(mine), embedder.dimensions], np.float32)
+  for start in range(0, len(mine), _CHUNK):
+    texts = [passage_text(d) for d in mine[start : start + _CHUNK]]
+    stop = start + len(texts)
+    vectors[start:stop] = embedder.embed_passages(texts)
     if progress is not None:
-      progress(stop, len(texts))
+      progress(stop, len(mine))
   built = Retriever(
-      documents, embedder, indexing.build(vectors, backend=index, **parameters)
+      mine, embedder, indexing.build(vectors, backend=index, **parameters),
+      corpus_fingerprint(documents), shard,
   )
   if directory is not None:
     built.save(directory, replace=replace)
@@ -204,16 +223,19 @@ def load(
     documents: Sequence[Document] | None = None,
     embedder: embedding.Embedder | None = None,
     index: str = 'auto',
+    shard: tuple[int, int] = (0, 1),
 ) -> Retriever:
   """Loads what `Retriever.save` wrote, without embedding anything.
 
   Args:
     directory: the folder.
-    documents: the corpus that it must have been made of; None: the folder's.
+    documents: the whole corpus that it must have been made of; None: what the
+      folder holds.
     embedder: the encoder that it must have been made with. A lexical one
       gives its settings and takes its state from the folder; None: lexical,
       with the folder's settings.
     index: backend, as of `index.build`.
+    shard: that it must be, of `documents`.
 
   Raises:
     index.IndexMismatchError: the index was made of something else.
@@ -222,11 +244,14 @@ def load(
   directory = pathlib.Path(directory)
   expected = {}
   if documents is not None:
-    expected['corpus'] = corpus_fingerprint(documents)
+    corpus = corpus_fingerprint(documents)
+    expected['corpus'] = _shard_fingerprint(corpus, shard)
+    documents = _part(documents, shard)
   if embedder is not None:
     expected['embedder'] = embedder.fingerprint
   loaded = indexing.load(directory, expected, backend=index)
   if documents is None:
+    corpus, shard = loaded.fingerprints['corpus'], (0, 1)
     with (directory / _CORPUS).open(encoding='utf-8') as file:
       documents = [Document(**json.loads(line)) for line in file]
   if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
@@ -237,7 +262,7 @@ def load(
           f'The index in {directory} was built with an encoder that is not'
           ' saved in it: pass that encoder as `embedder`.'
       ) from None
-  return Retriever(documents, embedder, loaded)
+  return Retriever(documents, embedder, loaded, corpus, shard)
 
 
 def from_factory(
@@ -395,6 +420,20 @@ def passage_text(document: Document) -> str:
   return f'{document.title}\n{document.text}'
 
 
+def scored(document: Document, score: float) -> Document:
+  """The document as it was found; the score is rounded to float32."""
+  return dataclasses.replace(document, score=float(np.float32(score)))
+
+
+def check_k(k: int, size: int) -> None:
+  """Raises a ValueError unless `size` documents have a k-th best."""
+  if not 1 <= k <= size:
+    raise ValueError(
+        f'k = {k} documents a query were asked of a corpus of {size}: k must'
+        f' be between 1 and {size}.'
+    )
+
+
 def corpus_fingerprint(documents: Sequence[Document]) -> str:
   """Names a corpus by its size and a hash of all ids, titles and texts."""
   digest = hashlib.blake2b(digest_size=8)
@@ -402,3 +441,20 @@ def corpus_fingerprint(documents: Sequence[Document]) -> str:
     row = json.dumps([document.id, document.title, document.text])
     digest.update(row.encode())
   return f'{len(documents)} documents, {digest.hexdigest()}'
+
+
+def _shard_fingerprint(corpus: str, shard: tuple[int, int]) -> str:
+  p, count = shard
+  return corpus if count == 1 else f'{corpus}, shard {p} of {count}'
+
+
+def _part(
+    documents: Sequence[Document], shard: tuple[int, int]
+) -> Sequence[Document]:
+  p, count = shard
+  if len(documents) < count:
+    raise ValueError(
+        f'A corpus of {len(documents)} documents cannot be split into {count}'
+        ' shards.'
+    )
+  return documents[p::count] if count > 1 else documents
