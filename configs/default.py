@@ -13,6 +13,15 @@ def get_config(arg=''):
   config.batch_size = 256  # episodes a step
   config.rollouts_per_question = 1
   config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1: what is left
+  # The axes of the mesh that split each kind of dimension: of weights,
+  # optimizer and batches in the update, of weights and cache in decoding.
+  config.sharding = ConfigDict(dict(
+      update=dict(
+          batch=('data', 'fsdp'), embed=('fsdp',), vocab=('tensor',),
+          heads=('tensor',), kv_heads=('tensor',), mlp=('tensor',)),
+      decode=dict(
+          batch=('data', 'fsdp'), embed=(), vocab=('tensor',),
+          heads=('tensor',), kv_heads=('tensor',), mlp=('tensor',))))
   config.tokenizer = ''  # folder or tokenizer.json; '' = the world's own words
   config.tensorboard = True
   config.compilation_cache = ''  # folder for compiled programs; '' = off
@@ -27,7 +36,8 @@ def get_config(arg=''):
       mlp=11008, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True,
       attention_bias=True, qk_norm=False,
       # These three hold for every model.
-      dtype='bfloat16', remat=True,
+      dtype='bfloat16',
+      remat='full',  # off | dots | attention | full: recomputed for gradients
       attention='auto'))  # auto | plain | splash (TPU) | cudnn (GPU)
 
   config.data = ConfigDict(dict(

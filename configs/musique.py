@@ -21,7 +21,7 @@ def _smoke(config):
   config.batch_size = 8
   config.model.update(dict(
       embed=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64,
-      dtype='float32', remat=False))
+      dtype='float32', remat='off'))
   config.rollout.update(dict(
       max_turns=2, k=1, prompt_length=256, response_length=48,
       observation_length=160, max_length=736, lag=0))
@@ -35,7 +35,7 @@ def _laptop(config):
   _data(config)
   config.num_steps = 3
   config.batch_size = 8
-  config.model.update(dict(dtype='float32', remat=False))
+  config.model.update(dict(dtype='float32', remat='off'))
   config.rollout.update(dict(
       max_turns=2, k=1, prompt_length=352, response_length=48,
       observation_length=160, max_length=736, length_multiple=64, lag=0))

@@ -38,7 +38,7 @@ def get_config(arg=''):
   config.model.update(dict(
       embed=96, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=192,
       rope_theta=1e4, attention_bias=False, qk_norm=True, dtype='float32',
-      remat=False))
+      remat='off'))
   config.data.source = 'world'
   config.data.eval_questions = 384
   config.retriever.dimensions = 1024

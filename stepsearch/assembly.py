@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import glob
 import importlib
+import math
 import os
 from typing import Any
 
@@ -51,7 +52,8 @@ class Parts:
   """What a run is made of; nothing here is trained."""
 
   config: ml_collections.ConfigDict
-  mesh: jax.sharding.Mesh
+  update: sharding.Layout  # of everything that is trained
+  decode: sharding.Layout  # of weights and cache that sample
   tokenizer: tokenizer_lib.Tokenizer
   protocol: protocol_lib.Protocol
   world: world_lib.World | None
@@ -104,8 +106,8 @@ def build(
     ValueError: one paragraph naming field or file, value and remedy.
   """
   _check(config, training, card)
-  mesh = sharding.make_mesh(tuple(config.mesh))
-  _check_rows(config, mesh, training)
+  update, decode = layouts(config)
+  _check_rows(config, update, decode, training)
   reward = _reward(config)
   world = None
   if config.data.source == 'world':
@@ -129,7 +131,7 @@ def build(
       else protocol_lib.Protocol())
   pretrained = _pretrained(config, workdir, training, card)
   tokenizer = _tokenizer(config, world, pretrained)
-  model = _model(config, tokenizer, mesh, pretrained)
+  model = _model(config, tokenizer, (update, decode), pretrained)
   if pretrained is not None:
     say(f'{pretrained.path}: {model.layers} layers of {model.embed}, '
         f'{model.heads} heads ({model.kv_heads} kv), {model.vocab_size:,} '
@@ -138,12 +140,12 @@ def build(
       model,
       learner.Config(
           temperature=config.rollout.temperature, **config.ppo.to_dict()),
-      mesh, config.batch_size, config.num_steps) if training else None
+      update, config.batch_size, config.num_steps) if training else None
   rollout = config.rollout.to_dict()
   del rollout['protocol']
   collector = collect.Collector(
       model, collect.Config(**rollout), tokenizer, protocol,
-      lambda queries, k: engine.search(queries, k), mesh, on_tick)
+      lambda queries, k: engine.search(queries, k), decode, on_tick)
   collector.prepare(example.question for example in (*train, *held_out))
 
   # Last, for it may take long; `collector` sees it through its closure.
@@ -155,7 +157,8 @@ def build(
       + f'{len(train):,} training and {len(held_out):,} held-out questions, '
       f'{tokenizer.vocab_size:,} tokens')
   return Parts(
-      config=config, mesh=mesh, tokenizer=tokenizer, protocol=protocol,
+      config=config, update=update, decode=decode, tokenizer=tokenizer,
+      protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
       pretrained=pretrained, learner=trainer, collect=collector,
       score=_score(config, reward, engine))
@@ -187,11 +190,10 @@ def retriever(
 def parameters(parts: Parts, key: jax.Array) -> Any:
   """Actor parameters on the mesh: the pretrained ones, or random ones."""
   if parts.pretrained is not None:
-    return hf.load(parts.config.model.pretrained, parts.mesh)[1]
+    return hf.load(parts.config.model.pretrained, parts.update)[1]
   return jax.jit(
       lambda k: qwen.init(parts.model, k),
-      out_shardings=sharding.shardings(
-          qwen.axes(parts.model)[0], parts.mesh))(key)
+      out_shardings=parts.update.place(qwen.axes(parts.model)[0]))(key)
 
 
 def write_card(parts: Parts, directory: paths.Path) -> None:
@@ -331,17 +333,38 @@ def _check(config, training, card):
       'with it: leave one of them out.')
 
 
-def _check_rows(config, mesh, training):
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
-  fields = [('eval.batch_size', config.eval.batch_size)]
+def layouts(
+    config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
+) -> tuple[sharding.Layout, sharding.Layout]:
+  """Where the update and decoding put their arrays.
+
+  Args:
+    config: its mesh and sharding.
+    devices: all of them by default.
+
+  Raises:
+    ValueError: the mesh does not cover the devices; rules that cannot be.
+  """
+  mesh = sharding.make_mesh(tuple(config.mesh), devices)
+  return tuple(
+      sharding.Layout(mesh, sharding.rules(
+          config.sharding[name].to_dict(), f'sharding.{name}'))
+      for name in ('update', 'decode'))
+
+
+def _check_rows(config, update, decode, training):
+  fields = [('eval.batch_size', config.eval.batch_size, decode, 'decode')]
   if training:
-    fields += [('batch_size', config.batch_size),
-               ('warmup.batch_size', config.warmup.batch_size)]
-  for field, value in fields:
+    fields += [
+        ('batch_size', config.batch_size, decode, 'decode'),
+        ('batch_size', config.batch_size, update, 'update'),
+        ('warmup.batch_size', config.warmup.batch_size, update, 'update')]
+  for field, value, layout, name in fields:
     config_lib.require(
-        value % shards == 0, field, value,
-        f'cannot be split over the {shards} data x fsdp shards of config.mesh: '
-        f'choose a multiple of {shards}.')
+        value % layout.shards == 0, field, value,
+        f'cannot be split over the {layout.shards} shards of config.sharding.'
+        f'{name}.batch = {layout.axes("batch")!r}: choose a multiple of '
+        f'{layout.shards}.')
 
 
 def _pretrained(config, workdir, training, card) -> folder_lib.Folder | None:
@@ -360,10 +383,9 @@ def _pretrained(config, workdir, training, card) -> folder_lib.Folder | None:
   return folder_lib.Folder(root / 'model') if begun else folder
 
 
-def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
+def _model(config, tokenizer, layouts, pretrained) -> qwen.Config:
   sizes = config.model.to_dict()
   del sizes['pretrained']
-  tensor = mesh.shape['tensor']
   if pretrained is not None:
     model = hf.read_config(pretrained)
     if model.vocab_size < tokenizer.vocab_size:
@@ -375,7 +397,8 @@ def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
         rope_scaling=model.rope_scaling,
         **{name: sizes[name] for name in ('dtype', 'remat', 'attention')})
   if not sizes['vocab_size']:
-    sizes['vocab_size'] = -(-tokenizer.vocab_size // tensor) * tensor
+    parts = math.lcm(*(layout.size('vocab') for layout in layouts))
+    sizes['vocab_size'] = -(-tokenizer.vocab_size // parts) * parts
   config_lib.require(
       sizes['vocab_size'] >= tokenizer.vocab_size, 'model.vocab_size',
       sizes['vocab_size'],
@@ -392,17 +415,19 @@ def _model(config, tokenizer, mesh, pretrained) -> qwen.Config:
       f'the model was made for {longest} positions (max_position_embeddings '
       'of its config.json, or what yarn makes of it): lower it.')
   sizes['attention'] = attention.resolve(
-      sizes['attention'], mesh.devices.flat[0],
+      sizes['attention'], layouts[0].mesh.devices.flat[0],
       head_dim=sizes['head_dim'], dtype=sizes['dtype'],
       windows=sizes.get('windows', ()))
-  for axis, names in (
-      ('tensor', ('vocab_size', 'heads', 'kv_heads', 'mlp')),
-      ('fsdp', ('embed',))):
-    for name in names:
+  for layout, kind in zip(layouts, ('update', 'decode')):
+    for name in ('vocab_size', 'heads', 'kv_heads', 'mlp', 'embed'):
+      rule = name.removesuffix('_size')
+      parts = layout.size(rule)
       config_lib.require(
-          sizes[name] % mesh.shape[axis] == 0, f'model.{name}', sizes[name],
-          f'cannot be split over the {mesh.shape[axis]} devices of the {axis} '
-          f'axis of config.mesh: choose a smaller {axis} axis.')
+          sizes[name] % parts == 0, f'model.{name}', sizes[name],
+          f'cannot be split into {parts} parts: config.sharding.{kind}.{rule} '
+          f'= {layout.axes(rule)!r} on the mesh {dict(layout.mesh.shape)}. '
+          f'Choose axes of config.mesh whose sizes divide it, at most '
+          f'{math.gcd(sizes[name], layout.mesh.size)} in all.')
   return qwen.Config(**sizes)
 
 

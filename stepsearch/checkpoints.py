@@ -176,7 +176,7 @@ def restore(
 
 
 def restore_actor(
-    directory: paths.Address, model: qwen.Config, mesh: jax.sharding.Mesh,
+    directory: paths.Address, model: qwen.Config, layout: sharding.Layout,
     step: int | None = None,
 ) -> tuple[Any, int]:
   """Reads the actor's parameters alone, onto the mesh.
@@ -184,7 +184,7 @@ def restore_actor(
   Args:
     directory: what `Checkpoints` was given.
     model: of the run.
-    mesh: any; it need not be that of the run.
+    layout: any; it need not be that of the run.
     step: the newest by default.
 
   Returns:
@@ -196,7 +196,7 @@ def restore_actor(
   like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       jax.eval_shape(lambda: qwen.init(model, jax.random.key(0))),
-      sharding.shardings(qwen.axes(model)[0], mesh))
+      layout.place(qwen.axes(model)[0]))
   state, metadata = restore(
       directory, {'actor': {'params': like}}, step, partial=True)
   return state['actor']['params'], metadata['step']

@@ -70,7 +70,7 @@ def evaluate(
   key = jax.random.key(config.seed)
   if trained:
     params, step = checkpoints.restore_actor(
-        root / 'checkpoints', parts.model, parts.mesh, step)
+        root / 'checkpoints', parts.model, parts.update, step)
     name = f'step {step} of {root}'
   else:
     params, name = assembly.parameters(parts, key), str(root)

@@ -50,9 +50,10 @@ def export(
   count = len(jax.devices())
   if model.embed % count:
     count = 1
-  mesh = sharding.make_mesh((1, count, 1), jax.devices()[:count])
+  layout = sharding.Layout(
+      sharding.make_mesh((1, count, 1), jax.devices()[:count]))
   params, step = checkpoints.restore_actor(
-      root / 'checkpoints', model, mesh, step)
+      root / 'checkpoints', model, layout, step)
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f'step {step} of {root}: {size:,} parameters', flush=True)
   hf.save(output, model, params, source=card.path, dtype=dtype)

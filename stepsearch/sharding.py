@@ -1,13 +1,20 @@
 """The device mesh, and how logical axes and host rows land on it.
 
 One mesh with axes `data, fsdp, tensor`. Model code names its axes logically
-(`embed`, `heads`, ...); `RULES` says on which mesh axis each of them lies.
-Batches are split over `data` and `fsdp` together.
+(`embed`, `heads`, ...); the rules of a `Layout` say on which mesh axes each of
+them lies, one set for the update and one for decoding (`config.sharding`):
+
+    update   weights and optimizer are split over every axis; a layer gathers
+             what it uses along `embed`, in the computation's dtype
+    decode   weights stay where they are; where an axis splits both a weight and
+             the batch, it is the activations that are gathered
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,18 +26,125 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = ('data', 'fsdp')
-RULES = {
-    'batch': BATCH,
-    'vocab': 'tensor',
-    'embed': 'fsdp',
-    'heads': 'tensor',
-    'kv_heads': 'tensor',
-    'mlp': 'tensor',
-    'layers': None,
-    'head_dim': None,
-    'length': None,
-}
+# Logical axes that rules may name; all others are never split.
+LOGICAL = ('batch', 'vocab', 'embed', 'heads', 'kv_heads', 'mlp')
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+UPDATE: Rules = (
+    ('batch', ('data', 'fsdp')), ('vocab', ('tensor',)), ('embed', ('fsdp',)),
+    ('heads', ('tensor',)), ('kv_heads', ('tensor',)), ('mlp', ('tensor',)))
+DECODE: Rules = tuple(
+    (name, () if name == 'embed' else axes) for name, axes in UPDATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh, and the mesh axes on which each logical axis lies; hashable."""
+
+  mesh: Mesh
+  rules: Rules = UPDATE
+
+  @property
+  def platform(self) -> str:
+    """Of the mesh's devices, which need not be the default ones."""
+    return self.mesh.devices.flat[0].platform
+
+  @property
+  def shards(self) -> int:
+    """Parts that rows are split into."""
+    return self.size('batch')
+
+  @property
+  def rows(self) -> NamedSharding:
+    """The sharding of an array whose leading axis is the batch."""
+    return self.named('batch')
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def axes(self, name: str | None) -> tuple[str, ...]:
+    """Mesh axes of a logical axis."""
+    return dict(self.rules).get(name, ())
+
+  def size(self, name: str) -> int:
+    """Parts that a logical axis is split into."""
+    return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
+
+  def spec(
+      self, *names: str | None, beside: str | None = None
+  ) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these logical names.
+
+    A mesh axis can split one dimension only: the batch gives way to the others.
+
+    Args:
+      *names: one for each dimension; None: not split.
+      beside: a further logical axis to which the batch gives way, that of what
+        the array is multiplied with.
+    """
+    others = {
+        axis for name in (*names, beside) if name != 'batch'
+        for axis in self.axes(name)}
+    return PartitionSpec(*(_entry(tuple(
+        axis for axis in self.axes(name)
+        if name != 'batch' or axis not in others)) for name in names))
+
+  def named(
+      self, *names: str | None, beside: str | None = None
+  ) -> NamedSharding:
+    """`spec` on the mesh."""
+    return NamedSharding(self.mesh, self.spec(*names, beside=beside))
+
+  def place(self, axes: Any) -> Any:
+    """`NamedSharding`s of a pytree of `PartitionSpec`s of logical names."""
+    return jax.tree.map(
+        lambda spec: self.named(*spec), axes,
+        is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+  def constrain(
+      self, x: jax.Array, *names: str | None, beside: str | None = None
+  ) -> jax.Array:
+    """Lays out an array inside a jitted function; arguments as of `spec`.
+
+    A dimension that cannot be split, as that of a single row, is not.
+    """
+    if self.mesh.size == 1:
+      return x
+    spec = PartitionSpec(*(
+        None if size % _count(self.mesh, entry) else entry
+        for size, entry in zip(x.shape, self.spec(*names, beside=beside))))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(self.mesh, spec))
+
+  def gather(self, x: jax.Array, *names: str | None) -> jax.Array:
+    """A weight as a layer uses it: whole along `embed`.
+
+    Called on the weight in the computation's dtype, so that half as much is
+    moved as in float32; its gradient is summed in that dtype too, and scattered
+    back.
+    """
+    if self.mesh.size == 1 or self.size('embed') == 1:
+      return x
+    return _gather(self, names, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(layout, names, x):
+  return layout.constrain(
+      x, *(None if name == 'embed' else name for name in names))
+
+
+def _gather_forward(layout, names, x):
+  return _gather(layout, names, x), None
+
+
+def _gather_backward(layout, names, _, gradient):
+  # Left to itself XLA sums the gradient whole on every device.
+  return (layout.constrain(gradient, *names),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def make_mesh(
@@ -67,20 +181,36 @@ def make_mesh(
       tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def shardings(axes: Any, mesh: Mesh) -> Any:
-  """`NamedSharding`s of a pytree of `PartitionSpec`s of logical axis names."""
+def rules(table: Mapping[str, Sequence[str]], field: str) -> Rules:
+  """Checks one set of rules, a section of `config.sharding`.
 
-  def place(spec):
-    return NamedSharding(mesh, PartitionSpec(*(
-        None if name is None else RULES[name] for name in spec)))
+  Args:
+    table: mesh axes by logical axis.
+    field: name of the section, for messages.
 
-  return jax.tree.map(
-      place, axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
-
-
-def rows(mesh: Mesh) -> NamedSharding:
-  """The sharding of an array whose leading axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(BATCH))
+  Raises:
+    ValueError: an axis that does not exist, or one used twice by one array.
+  """
+  for name, axes in table.items():
+    if name not in LOGICAL:
+      raise ValueError(
+          f'config.{field}.{name}: there is no such logical axis; those that '
+          f'can be split are {", ".join(LOGICAL)}.')
+    for axis in axes:
+      if axis not in AXES or list(axes).count(axis) > 1:
+        raise ValueError(
+            f'config.{field}.{name} = {tuple(axes)!r}: give each of the mesh '
+            f'axes {AXES} at most once.')
+  for one, other in (
+      ('embed', 'vocab'), ('embed', 'heads'), ('embed', 'kv_heads'),
+      ('embed', 'mlp')):
+    shared = set(table.get(one, ())) & set(table.get(other, ()))
+    if shared:
+      raise ValueError(
+          f'config.{field}: {one} = {tuple(table[one])!r} and {other} = '
+          f'{tuple(table[other])!r} are the two sides of one weight and both '
+          f'name {sorted(shared)[0]!r}: a mesh axis can split one of them.')
+  return tuple(sorted((name, tuple(axes)) for name, axes in table.items()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -88,13 +218,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_batch(tree: Any, mesh: Mesh) -> Any:
+def shard_batch(tree: Any, layout: Layout) -> Any:
   """Places host arrays [B, ...] on the mesh, rows split over the batch axes.
 
   Raises:
-    ValueError: B is not a multiple of data x fsdp.
+    ValueError: B is not a multiple of the shards.
   """
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = layout.shards
 
   def place(array):
     if not isinstance(array, jax.Array):
@@ -102,8 +232,19 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
     if array.shape[0] % shards:
       raise ValueError(
           f'a batch of {array.shape[0]} rows cannot be split over {shards} '
-          f'shards (mesh {dict(mesh.shape)}): choose a batch size that is a '
-          f'multiple of {shards}.')
-    return jax.device_put(array, rows(mesh))
+          f'shards (mesh {dict(layout.mesh.shape)}): choose a batch size that '
+          f'is a multiple of {shards}.')
+    return jax.device_put(array, layout.rows)
 
   return jax.tree.map(place, tree)
+
+
+def _entry(axes):
+  return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def _count(mesh, entry):
+  if entry is None:
+    return 1
+  axes = (entry,) if isinstance(entry, str) else entry
+  return math.prod(mesh.shape[axis] for axis in axes)

@@ -158,10 +158,12 @@ class _Run:
     learner, root = self._parts.learner, self._root
     first = self._store.latest()
     if first is None:
-      params, self._reference = _step_zero(
+      params = _step_zero(
           self._parts, root, self._init_key, self._progress, self._timer,
           self._stop)
       self.state = learner.start(params)
+      self._reference = learner.freeze(params)
+      del params
       self._writer.cut_back(-1)
       found, row = self._evaluate(ends=True)
       _print_means(self._progress, 'after warm-up', found)
@@ -174,8 +176,8 @@ class _Run:
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
           jax.eval_shape(learner.init, self._init_key), learner.shardings)
       self.state, _ = self._store.restore(like)
-      self._reference = checkpoints.restore_once(
-          root / 'reference', like.actor.params)
+      self._reference = learner.freeze(checkpoints.restore_once(
+          root / 'reference', like.actor.params))
       self.done = self._saved = first
       self._writer.cut_back(first)
       self._progress.line(f'resumed {root} at step {first}')
@@ -217,7 +219,7 @@ class _Run:
       mask, turn_ends = jax.device_get(
           (trajectory.loss_mask, trajectory.turn_ends))
       rewards = sharding.shard_batch(
-          rewards_lib.place(scores, mask, turn_ends), parts.mesh)
+          rewards_lib.place(scores, mask, turn_ends), parts.update)
     self._stop.check()
     with timer.section('update'):
       batch, target_metrics = parts.learner.make_batch(
@@ -354,7 +356,7 @@ class _Run:
 
 
 def _step_zero(parts, root, key, progress, timer, stop):
-  """The warmed-up policy, and the frozen copy of it that is the reference."""
+  """The warmed-up policy; stored, since it is the reference of the run."""
   config = parts.config
   reference_path = root / 'reference'
   if checkpoints.exists_once(reference_path):
@@ -362,8 +364,7 @@ def _step_zero(parts, root, key, progress, timer, stop):
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(lambda: qwen.init(parts.model, key)),
         parts.learner.shardings.actor.params)
-    reference = checkpoints.restore_once(reference_path, like)
-    return reference, reference
+    return checkpoints.restore_once(reference_path, like)
   params = assembly.parameters(parts, key)
   if config.warmup.steps:
     with timer.section('warmup'):
@@ -376,12 +377,12 @@ def _step_zero(parts, root, key, progress, timer, stop):
 
         params = warmup.train(
             params, demonstrations, parts.model,
-            warmup.Config(**config.warmup.to_dict()), parts.mesh, config.seed,
+            warmup.Config(**config.warmup.to_dict()), parts.update, config.seed,
             length_multiple=config.rollout.length_multiple,
             logprob_chunk=config.ppo.logprob_chunk,
             augment=assembly.renames(parts), on_step=on_step)
   checkpoints.save_once(reference_path, params)
-  return params, params
+  return params
 
 
 def _print_means(progress, when, found):

@@ -102,7 +102,7 @@ def tokenize(
 
 def train(
     params: Any, demonstrations: Demonstrations, model: qwen.Config,
-    config: Config, mesh: Any, seed: int, *,
+    config: Config, layout: sharding.Layout, seed: int, *,
     length_multiple: int = 64, logprob_chunk: int = 256,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
@@ -115,7 +115,7 @@ def train(
     demonstrations: from `tokenize`.
     model: sizes.
     config: the leaves of `config.warmup`.
-    mesh: rows are split over its batch axes.
+    layout: of the update.
     seed: orders the rows and drives `augment`.
     length_multiple: rows are padded to a multiple of it.
     logprob_chunk: positions of a row whose logits exist at a time.
@@ -125,7 +125,7 @@ def train(
   Raises:
     FloatingPointError: the loss is not finite.
   """
-  actor = qwen.Qwen(model, mesh)
+  actor = qwen.Qwen(model, layout)
   tx = policy.optimizer('adamw', 0.9, 0.95, config.weight_decay, 1.0)
   ramp = max(round(config.ramp * config.steps), 1)
   schedule = optax.schedules.warmup_cosine_decay_schedule(
@@ -137,7 +137,7 @@ def train(
         actor, params, tokens, 1.0, logprob_chunk)
     return -jnp.sum(logprobs * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
-  placed = policy.layout(tx, params, qwen.axes(model)[0], mesh)
+  placed = policy.shardings(tx, params, qwen.axes(model)[0], layout)
   start = jax.jit(
       lambda p: policy.ModelState(p, tx.init(p)), out_shardings=placed)
 
@@ -147,7 +147,7 @@ def train(
 
   update = jax.jit(
       step_on, donate_argnums=0,
-      out_shardings=(placed, sharding.replicated(mesh)))
+      out_shardings=(placed, layout.replicated))
   state = start(params)
   previous = None
   for step in range(config.steps):
@@ -162,7 +162,7 @@ def train(
     if augment is not None:
       tokens = augment(tokens, rng)
     state, value = update(
-        state, *sharding.shard_batch((tokens, mask), mesh),
+        state, *sharding.shard_batch((tokens, mask), layout),
         jnp.float32(schedule(step)))
     if previous is not None:
       _report(step, previous, on_step)

@@ -168,12 +168,12 @@ def test_splash_in_bfloat16_is_as_exact_as_plain():
 
 
 @pytest.mark.parametrize('batch', [4, 3])
-@pytest.mark.parametrize('eight', [(2, 2, 2)], indirect=True)
+@pytest.mark.parametrize('eight', [((2, 2, 2), {}, {})], indirect=True)
 def test_splash_on_a_mesh_is_plain(eight, batch):
   inputs = arrays(batch, 64)
   segments = jnp.asarray(packed(batch, 64))
   call = functools.partial(with_gradients, *inputs, segments=segments)
-  for x, y in zip(call(kind='splash', mesh=eight, window=0), call()):
+  for x, y in zip(call(kind='splash', layout=eight, window=0), call()):
     np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -184,7 +184,7 @@ def test_the_call_of_cudnn_means_plain(eight, segmented, window):
   segments = jnp.asarray(packed(8, 33)) if segmented else None
   call = functools.partial(
       with_gradients, *inputs, segments=segments, window=window)
-  for x, y in zip(call(kind='cudnn', mesh=eight), call()):
+  for x, y in zip(call(kind='cudnn', layout=eight), call()):
     np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -192,17 +192,18 @@ def test_the_call_of_cudnn_means_plain(eight, segmented, window):
 @pytest.mark.parametrize('segmented', [False, True])
 def test_cudnn_on_a_gpu_is_as_exact_as_plain(segmented, window):
   try:
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices('gpu')[:1])
+    layout = sharding.Layout(
+        sharding.make_mesh((1, 1, 1), jax.devices('gpu')[:1]))
   except RuntimeError:
     pytest.skip('no GPU, or JAX_PLATFORMS (set it to cuda,cpu) hides it')
-  with jax.default_device(mesh.devices.flat[0]):
+  with jax.default_device(layout.mesh.devices.flat[0]):
     inputs = arrays(2, 201, dim=64, dtype='bfloat16')
     segments = jnp.asarray(packed(2, 201)) if segmented else None
     call = functools.partial(
         with_gradients, segments=segments, window=window)
     with jax.default_matmul_precision('highest'):
       exact = call(*(x.astype(jnp.float32) for x in inputs))
-    cudnn, plain = call(*inputs, kind='cudnn', mesh=mesh), call(*inputs)
+    cudnn, plain = call(*inputs, kind='cudnn', layout=layout), call(*inputs)
   for x, y, z in zip(exact, cudnn, plain):
     assert 0 < np.linalg.norm(y - x) < 2 * np.linalg.norm(z - x)
 
@@ -266,18 +267,17 @@ from stepsearch.models import attention
 devices = topologies.get_topology_desc(
     topology_name='v5e:4x4', platform='tpu').devices
 for heads, kv_heads, dim, tensor in ((16, 2, 128, 2), (9, 3, 64, 1)):
-  mesh = sharding.make_mesh((1, -1, tensor), devices)
-  place = sharding.shardings(
-      jax.sharding.PartitionSpec('batch', 'length', 'heads', 'head_dim'), mesh)
+  layout = sharding.Layout(sharding.make_mesh((1, -1, tensor), devices))
+  place = layout.named('batch', 'length', 'heads', 'head_dim')
   q, k = (
       jax.ShapeDtypeStruct((16, 4096, n, dim), 'bfloat16', sharding=place)
       for n in (heads, kv_heads))
   segments = jax.ShapeDtypeStruct(
-      (16, 4096), 'int32', sharding=sharding.rows(mesh))
+      (16, 4096), 'int32', sharding=layout.rows)
 
   def step(q, k, v, segments, g):
     attend = lambda *x: attention.attend(
-        *x, segments=segments, kind='splash', mesh=mesh)
+        *x, segments=segments, kind='splash', layout=layout)
     y, back = jax.vjp(attend, q, k, v)
     return y, back(g)
 

@@ -29,9 +29,9 @@ def examples(count, questions=QUESTIONS):
 
 
 @pytest.fixture
-def collector(model, tokenizer, retriever, mesh):
+def collector(model, tokenizer, retriever, layout):
   return collect_lib.Collector(
-      model, CONFIG, tokenizer, SHORT, retriever.search, mesh)
+      model, CONFIG, tokenizer, SHORT, retriever.search, layout)
 
 
 @pytest.fixture
@@ -142,12 +142,12 @@ def test_recorded_logprobs_are_recomputed_ones_up_to_the_budget(
 
 
 def test_a_tight_budget_is_filled_and_never_exceeded(
-    model, tokenizer, retriever, mesh, params, recomputed):
+    model, tokenizer, retriever, layout, params, recomputed):
   """A policy that never stops, in the smallest length that is allowed."""
   config = dataclasses.replace(
       CONFIG, max_length=8 + 2 * 10 + 12, max_turns=5)
   collector = collect_lib.Collector(
-      model, config, tokenizer, SHORT, retriever.search, mesh)
+      model, config, tokenizer, SHORT, retriever.search, layout)
   table = jnp.zeros_like(collector._table)
   collector._table = table  # no tag stops it
   mute = params | {
@@ -209,9 +209,9 @@ def test_an_episode_depends_on_its_number_and_not_on_its_batch(
 
 
 def test_eight_devices_are_one(
-    model, tokenizer, retriever, eight, chatty, played):
+    model, tokenizer, retriever, eight_decoding, chatty, played):
   many = collect_lib.Collector(
-      model, CONFIG, tokenizer, SHORT, retriever.search, eight)
+      model, CONFIG, tokenizer, SHORT, retriever.search, eight_decoding)
   trajectory, transcripts = many(
       chatty, examples(16), jax.random.key(4), first_episode=100)
   expected, texts = played
@@ -238,7 +238,7 @@ STRINGS = [
 ]
 
 
-def scripted_collector(scripted, mesh, follows, search, **config):
+def scripted_collector(scripted, layout, follows, search, **config):
   """A collector with the real sampler, and parameters of a chain policy."""
   tokenizer = scripted.Pieces(STRINGS)
   model, params = scripted.chain_policy(follows, 32)
@@ -247,7 +247,7 @@ def scripted_collector(scripted, mesh, follows, search, **config):
       observation_length=6, max_length=64, length_multiple=8)
   return collect_lib.Collector(
       model, collect_lib.Config(**settings | config), tokenizer, TEXTS, search,
-      mesh), params
+      layout), params
 
 
 def ids(*strings):
@@ -287,7 +287,7 @@ def score_of(turn_rewards, global_reward):
       global_reward=global_reward)
 
 
-def test_reward_lands_on_the_token_that_closes_the_turn(scripted, mesh):
+def test_reward_lands_on_the_token_that_closes_the_turn(scripted, layout):
   """Tags split over tokens, searches to the last, then a forced answer."""
   search = (
       b'<think>', b'x', b'</think>', b'<search>', b' q', b'</', b'search',
@@ -295,7 +295,7 @@ def test_reward_lands_on_the_token_that_closes_the_turn(scripted, mesh):
   follows = links(
       (b'?', *search), (b'</information>', *search),
       (b'.', b'<answer>', b' a', b'</answer>'))
-  collector, params = scripted_collector(scripted, mesh, follows, found())
+  collector, params = scripted_collector(scripted, layout, follows, found())
   trajectory, transcript = play(collector, params)
   # Q ? + 8 + <information> d </information> + 8 + ... . + 3
   wrote = '<think>x</think><search> q</search>\n'
@@ -324,7 +324,7 @@ def test_reward_lands_on_the_token_that_closes_the_turn(scripted, mesh):
   np.testing.assert_array_equal(placed[0], expected)
 
 
-def test_an_invented_information_block_is_the_policy_s_own(scripted, mesh):
+def test_an_invented_information_block_is_the_policy_s_own(scripted, layout):
   """It is trained on, breaks the format, and moves no reward."""
   search = (
       b'<think>', b'<information>', b'invented', b'</information>',
@@ -334,7 +334,7 @@ def test_an_invented_information_block_is_the_policy_s_own(scripted, mesh):
       (b'.', b'<answer>', b' a', b'</answer>'))
   # ' <' leads on to '/sea', 'rch', '><sea': the tag, and something behind it.
   collector, params = scripted_collector(
-      scripted, mesh, follows, found(), max_turns=1)
+      scripted, layout, follows, found(), max_turns=1)
   trajectory, transcript = play(collector, params)
   first = transcript.turns[0]
   assert first.text == (
@@ -350,7 +350,7 @@ def test_an_invented_information_block_is_the_policy_s_own(scripted, mesh):
        b' q', b'</search>'),
       (b'.', b'<answer>', b' a', b'</answer>'))
   collector, params = scripted_collector(
-      scripted, mesh, follows, found(), max_turns=1)
+      scripted, layout, follows, found(), max_turns=1)
   trajectory, transcript = play(collector, params)
   assert transcript.turns[0].query == 'q'
   assert trajectory.tokens[0, :16].tolist() == [
@@ -365,7 +365,7 @@ def test_an_invented_information_block_is_the_policy_s_own(scripted, mesh):
   assert placed[0, [7, 14]].tolist() == [0.5, 2.0]
 
 
-def test_warnings_empty_queries_and_a_search_on_the_last_turn(scripted, mesh):
+def test_warnings_empty_queries_and_a_search_on_the_last_turn(scripted, layout):
   def never(queries, k):
     raise AssertionError(f'{queries} ask nothing')
 
@@ -374,7 +374,7 @@ def test_warnings_empty_queries_and_a_search_on_the_last_turn(scripted, mesh):
       (b'!', b'<search>', b'</search>'),  # an empty query
       (b'.', b'<think>', b'x', b'</think>'))
   follows |= dict(zip(ids(b'</think>'), ids(b'</search>')))
-  collector, params = scripted_collector(scripted, mesh, follows, never)
+  collector, params = scripted_collector(scripted, layout, follows, never)
   trajectory, transcript = play(collector, params)
   assert transcript.turns == (
       types.Turn('y</search>', None, (), '!'),
@@ -386,19 +386,20 @@ def test_warnings_empty_queries_and_a_search_on_the_last_turn(scripted, mesh):
   # A search on the forced last turn is over, unanswered, and breaks the format.
   follows |= links((b'.', b'<search>', b' q', b'</search>'))
   collector, params = scripted_collector(
-      scripted, mesh, {**follows, ids(b'<search>')[0]: ids(b' q')[0]}, found())
+      scripted, layout, {**follows, ids(b'<search>')[0]: ids(b' q')[0]},
+      found())
   _, transcript = play(collector, params)
   assert transcript.turns[-1] == types.Turn('<search> q</search>')
   assert transcript.turns[-2].query == 'q'
   assert not protocol.format_ok([turn.text for turn in transcript.turns])
 
 
-def test_long_documents_are_cut_and_the_closing_tag_stays(scripted, mesh):
+def test_long_documents_are_cut_and_the_closing_tag_stays(scripted, layout):
   follows = links(
       (b'?', b'<search>', b' q', b'</search>'),
       (b'.', b'<answer>', b' a', b'</answer>'))
   collector, params = scripted_collector(
-      scripted, mesh, follows, found('d d d d d d'), max_turns=1)
+      scripted, layout, follows, found('d d d d d d'), max_turns=1)
   trajectory, transcript = play(collector, params)
   turn = transcript.turns[0]
   assert turn.observation == '<information> d d d</information>.'
@@ -409,16 +410,16 @@ def test_long_documents_are_cut_and_the_closing_tag_stays(scripted, mesh):
       0] * 6 + [1] * 3
 
 
-def test_end_of_sequence_and_budget_end_a_turn(scripted, mesh):
+def test_end_of_sequence_and_budget_end_a_turn(scripted, layout):
   follows = links((b'?', b'x', b'y'))  # then eos
-  collector, params = scripted_collector(scripted, mesh, follows, found())
+  collector, params = scripted_collector(scripted, layout, follows, found())
   trajectory, transcript = play(collector, params)
   assert transcript.turns == (types.Turn('xy<eos>'),)
   assert trajectory.loss_mask[0, :6].tolist() == [0, 0, 1, 1, 1, 0]
   follows |= dict(zip(ids(b'y'), ids(b'x')))  # for ever
   follows |= links((b'!', b'x'), (b'.', b'x'))
   collector, params = scripted_collector(
-      scripted, mesh, follows, found(), response_length=5)
+      scripted, layout, follows, found(), response_length=5)
   trajectory, transcript = play(collector, params)
   assert [(t.text, t.observation) for t in transcript.turns] == [
       ('xyxyx', '!'), ('xyxyx', '!.'), ('xyxyx', '')]
@@ -451,11 +452,11 @@ def test_other_stop_codes_of_the_sampler_are_the_protocol_s():
     ],
 )
 def test_impossible_budgets_are_refused(
-    model, tokenizer, retriever, mesh, change, says):
+    model, tokenizer, retriever, layout, change, says):
   config = dataclasses.replace(CONFIG, **change)
   with pytest.raises(ValueError, match=rf'config\.rollout\..*{says}'):
     collect_lib.Collector(
-        model, config, tokenizer, SHORT, retriever.search, mesh)
+        model, config, tokenizer, SHORT, retriever.search, layout)
 
 
 def test_a_question_that_does_not_fit_is_refused(collector):
@@ -471,14 +472,14 @@ def test_a_question_that_does_not_fit_is_refused(collector):
     ('slots', 'chunk', 'lag'),
     [(0, 16, 1), (4, 4, 0), (8, 3, 1), (4, 2, 3), (1, 16, 2)])
 def test_slots_chunks_and_lags_play_the_same_episodes_as_lockstep(
-    model, tokenizer, retriever, mesh, chatty, slots, chunk, lag):
+    model, tokenizer, retriever, layout, chatty, slots, chunk, lag):
   plain = lockstep.Collector(
-      model, CONFIG, tokenizer, SHORT, retriever.search, mesh)
+      model, CONFIG, tokenizer, SHORT, retriever.search, layout)
   arguments = (chatty, examples(16), jax.random.key(4))
   expected, texts = plain(*arguments, first_episode=100)
   config = dataclasses.replace(CONFIG, slots=slots, chunk=chunk, lag=lag)
   collector = collect_lib.Collector(
-      model, config, tokenizer, SHORT, retriever.search, mesh)
+      model, config, tokenizer, SHORT, retriever.search, layout)
   trajectory, transcripts = collector(*arguments, first_episode=100)
   assert transcripts == texts
   for name in ('tokens', 'token_mask', 'loss_mask', 'turn_ends'):
@@ -490,10 +491,10 @@ def test_slots_chunks_and_lags_play_the_same_episodes_as_lockstep(
 
 
 def test_nothing_is_compiled_once_all_shapes_are_known(
-    model, tokenizer, retriever, mesh, chatty):
+    model, tokenizer, retriever, layout, chatty):
   config = dataclasses.replace(CONFIG, slots=16, chunk=4)
   collector = collect_lib.Collector(
-      model, config, tokenizer, SHORT, retriever.search, mesh)
+      model, config, tokenizer, SHORT, retriever.search, layout)
   compiled = []
 
   def note(event, _, **__):
@@ -520,7 +521,8 @@ def test_prompts_share_what_they_have_in_common(
   count = math.prod(shape)
   if len(jax.devices()) < count:
     pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
-  mesh = sharding.make_mesh(shape, jax.devices()[:count])
+  layout = sharding.Layout(
+      sharding.make_mesh(shape, jax.devices()[:count]), sharding.DECODE)
   config = dataclasses.replace(
       CONFIG, prompt_length=40, max_length=112, slots=8, chunk=4)
   long = dataclasses.replace(
@@ -530,7 +532,7 @@ def test_prompts_share_what_they_have_in_common(
   results = []
   for shares in (False, True):
     collector = collect_lib.Collector(
-        model, config, tokenizer, long, retriever.search, mesh)
+        model, config, tokenizer, long, retriever.search, layout)
     if shares:
       collector.prepare(QUESTIONS)
       assert len(collector._prefix) == 20
@@ -550,7 +552,7 @@ def test_prompts_share_what_they_have_in_common(
 
 @pytest.mark.parametrize('lag', [0, 1, 3])
 def test_a_search_takes_its_time_while_others_decode(
-    model, tokenizer, retriever, mesh, chatty, lag):
+    model, tokenizer, retriever, layout, chatty, lag):
   """The result does not depend on how long it takes."""
   delays = iter([0.05, 0.0, 0.02] * 100)
   active, most = [], []
@@ -565,7 +567,7 @@ def test_a_search_takes_its_time_while_others_decode(
 
   config = dataclasses.replace(CONFIG, slots=8, chunk=2, lag=lag)
   found = [
-      collect_lib.Collector(model, config, tokenizer, SHORT, search, mesh)(
+      collect_lib.Collector(model, config, tokenizer, SHORT, search, layout)(
           chatty, examples(16), jax.random.key(4))
       for search in (retriever.search, slow)]
   (expected, texts), (trajectory, transcripts) = found
@@ -575,7 +577,7 @@ def test_a_search_takes_its_time_while_others_decode(
 
 
 def test_an_engine_s_error_and_ctrl_c_end_the_call(
-    model, tokenizer, mesh, chatty):
+    model, tokenizer, layout, chatty):
   for error in (RuntimeError('index gone'), KeyboardInterrupt()):
     def fails(queries, k, error=error):
       raise error
@@ -583,7 +585,7 @@ def test_an_engine_s_error_and_ctrl_c_end_the_call(
     for lag in (0, 1):
       collector = collect_lib.Collector(
           model, dataclasses.replace(CONFIG, lag=lag), tokenizer, SHORT, fails,
-          mesh)
+          layout)
       with pytest.raises(type(error)):
         collector(
             chatty, examples(16), jax.random.key(4), first_episode=100)

@@ -225,12 +225,39 @@ def recomputed():
   return plain_logprobs
 
 
-MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2))
+# A mesh, and rules other than the default ones: weights of the update split
+# over two axes, those that decode over axes that split the rows as well.
+SPLITS = (
+    ((8, 1, 1), {}, {}), ((2, 2, 2), {}, {}), ((1, 4, 2), {}, {}),
+    ((4, 1, 2), {}, {}),
+    ((1, 4, 2),
+     dict(batch=('data', 'fsdp', 'tensor'), embed=('fsdp', 'tensor'), vocab=(),
+          heads=(), kv_heads=(), mlp=()),
+     dict(mlp=('fsdp', 'tensor'))))
 
 
-@pytest.fixture(params=MESHES, ids=str)
-def eight(request):
-  """A mesh of eight devices, in several splits."""
+@pytest.fixture(scope='session')
+def layout(mesh):
+  """One device."""
+  return sharding.Layout(mesh)
+
+
+def _split(split, which):
   if len(jax.devices()) < 8:
     pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
-  return sharding.make_mesh(request.param, jax.devices()[:8])
+  mesh = sharding.make_mesh(split[0], jax.devices()[:8])
+  default = (sharding.UPDATE, sharding.DECODE)[which]
+  return sharding.Layout(mesh, sharding.rules(
+      dict(default) | split[which + 1], ('update', 'decode')[which]))
+
+
+@pytest.fixture(params=SPLITS, ids=lambda split: f'{split[0]}{len(split[1])}')
+def eight(request):
+  """The layout of the update on eight devices, in several splits."""
+  return _split(request.param, 0)
+
+
+@pytest.fixture(params=SPLITS, ids=lambda split: f'{split[0]}{len(split[1])}')
+def eight_decoding(request):
+  """The layout of decoding on eight devices, in several splits."""
+  return _split(request.param, 1)

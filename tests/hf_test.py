@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepsearch import sharding
 from stepsearch.models import cache as cache_lib
 from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
@@ -315,7 +314,7 @@ def test_a_config_of_no_architecture_cannot_be_written(tmp_path):
 def test_sharded_over_eight_devices(folder, eight):
   config, params = hf.load(folder)
   _, sharded = hf.load(folder, eight)
-  placed = sharding.shardings(qwen.axes(config)[0], eight)
+  placed = eight.place(qwen.axes(config)[0])
   jax.tree.map(np.testing.assert_array_equal, params, sharded)
   jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(), sharded, placed)
 

@@ -55,7 +55,7 @@ class Sampler:
   size: int
   turns: int  # R
   eos_ids: tuple[int, ...]  # any of them ends an episode
-  mesh: jax.sharding.Mesh | None = None
+  layout: sharding.Layout | None = None
   top_k: int = 0  # 0 = off
   top_p: float = 1.0  # 1 = off
 
@@ -107,7 +107,7 @@ class Sampler:
 def _model(sampler, params, tokens, start, cache=None):
   steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
   positions = start[:, None] + steps[None]
-  return qwen.Qwen(sampler.model, sampler.mesh).apply(
+  return qwen.Qwen(sampler.model, sampler.layout).apply(
       {'params': params}, tokens, positions, cache,
       None if cache is None else start)
 
@@ -214,7 +214,8 @@ class Collector:
 
   def __init__(
       self, model: qwen.Config, config: Any, tokenizer: Any,
-      protocol: protocol_lib.Protocol, search: Any, mesh: Any,
+      protocol: protocol_lib.Protocol, search: Any,
+      layout: sharding.Layout,
   ):
     """Checks the budgets and builds the stop table.
 
@@ -224,7 +225,7 @@ class Collector:
       tokenizer: a `tokenizer.Tokenizer`.
       protocol: the texts around the policy's turns.
       search: (queries, k) -> one list of documents a query.
-      mesh: rows are split over its batch axes.
+      layout: rows are split over its batch axes.
 
     Raises:
       ValueError: a budget that cannot hold a turn, sampling out of range.
@@ -233,19 +234,19 @@ class Collector:
     self._tokenizer = tokenizer
     self._protocol = protocol
     self._search = search
-    self._mesh = mesh
+    self._layout = layout
     self._sampler = Sampler(
         model=model,
         size=(_bucket(config.max_length, config.length_multiple)
               + config.observation_length),
         turns=config.max_turns + 1,
         eos_ids=tokenizer.eos_ids,
-        mesh=mesh,
+        layout=layout,
         top_k=config.top_k,
         top_p=config.top_p)
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
-    self._table = jax.device_put(table, sharding.replicated(mesh))
+    self._table = jax.device_put(table, layout.replicated)
     self._cache: dict[str, np.ndarray] = {}
 
   def prompt(self, question: str) -> list[int]:
@@ -286,7 +287,7 @@ class Collector:
     tokens, length = _pad(prompts, width, pad)
     keys = _fold(
         key, np.arange(first_episode, first_episode + len(examples)))
-    place = lambda *arrays: sharding.shard_batch(arrays, self._mesh)
+    place = lambda *arrays: sharding.shard_batch(arrays, self._layout)
     tokens, length, keys = place(tokens, length, keys)
     state = self._sampler.prefill(params, tokens, length)
     episodes = [_Episode(len(prompt)) for prompt in prompts]

@@ -217,10 +217,11 @@ def test_remat_and_bfloat16(
   loss = lambda params, config: jnp.sum(logits(config, params, tokens)[0]**2)
   grad = jax.jit(jax.grad(loss), static_argnums=1)
   plain = grad(params, BASE)
-  again = grad(params, dataclasses.replace(BASE, remat=True))
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
-      plain, again)
+  for remat in qwen.REMAT:
+    again = grad(params, dataclasses.replace(BASE, remat=remat))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
+        plain, again)
   half = dataclasses.replace(BASE, dtype='bfloat16')
   found, hidden, new = logits(half, params, tokens)
   assert hidden.dtype == new.k.dtype == jnp.bfloat16
@@ -252,7 +253,7 @@ def test_every_dimension_has_its_logical_axis(name):
   critic = jax.eval_shape(
       lambda: qwen.init_critic(config, qwen.init(config, jax.random.key(0))))
   sizes = {
-      'layers': 2, 'vocab': 50, 'embed': 32, 'heads': config.heads,
+      'layers': 2, 'vocab': 50, 'embed': 32, 'norm': 32, 'heads': config.heads,
       'kv_heads': config.kv_heads, 'head_dim': config.head_dim, 'mlp': 48}
   for params, axes in zip((actor, critic), qwen.axes(config)):
     # Same structure, and every name is that of a dimension of its size.

@@ -20,8 +20,8 @@ class Stacked(sampler_lib.Sampler):
 
 
 @pytest.fixture(params=[sampler_lib.Sampler, Stacked], ids=['unrolled', 'scan'])
-def sampler(request, model, mesh):
-  return request.param(model=model, mesh=mesh, slots=4, eos_ids=(1,))
+def sampler(request, model, layout):
+  return request.param(model=model, layout=layout, slots=4, eos_ids=(1,))
 
 
 @pytest.fixture(scope='module')
@@ -224,22 +224,50 @@ def test_growing_and_shrinking_change_nothing(sampler, params, table):
   assert game.tokens == [expected.tokens[3], expected.tokens[2]]
 
 
-def test_eight_devices_are_one(model, mesh, eight, params, table):
+def test_vocabulary_and_mlp_may_be_split_over_the_rows_axes(
+    model, layout, random_params):
+  """Activations are gathered then, and rows of logits put together again."""
+  if len(jax.devices()) < 8:
+    pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
+  model = dataclasses.replace(model, vocab_size=40)
+  params = random_params(model)
+  spread = ('fsdp', 'tensor')
+  many = sharding.Layout(
+      sharding.make_mesh((1, 4, 2), jax.devices()[:8]),
+      sharding.rules(
+          dict(sharding.DECODE) | dict(vocab=spread, mlp=spread), 'decode'))
+  games = []
+  for where in (layout, many):
+    sampler = Stacked(model=model, layout=where, slots=8, eos_ids=(1,))
+    weights = sampler.weights(params)
+    game = Game(
+        sampler, params, jnp.zeros((1, 40), jnp.int32),
+        prompts(2, (5, 2, 7, 4, 3, 6, 1, 4)), range(8))
+    game.decode()
+    games.append(game)
+  assert weights['lm_head'].addressable_shards[0].data.shape == (32, 5)
+  assert games[0].tokens == games[1].tokens
+  for expected, found in zip(games[0].logprobs, games[1].logprobs):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_eight_devices_are_one(
+    model, layout, eight_decoding, params, table):
   """Rows split over data and fsdp, heads over tensor; rows of a call too."""
   numbers, starts = range(8), prompts(2, (5, 2, 7, 4, 3, 6, 1, 4))
   games = []
-  for devices in (mesh, eight):
+  for devices in (layout, eight_decoding):
     for kind in (sampler_lib.Sampler, Stacked):
-      sampler = kind(model=model, mesh=devices, slots=8, eos_ids=(1,))
+      sampler = kind(model=model, layout=devices, slots=8, eos_ids=(1,))
       game = Game(sampler, params, table, starts, numbers)
       stop = game.decode()
       game.append({s: [14, 15] for s in range(8) if stop[s] != 3})
-      game.fork(4, 5, 5, 6) if devices is mesh else None
+      game.fork(4, 5, 5, 6) if devices is layout else None
       game.decode()
       game.append({s: [16] for s in (0, 7)})
       game.decode()
       games.append(game)
-  assert sharding.rows(eight).num_devices == 8
+  assert len(games[-1].state.length.sharding.device_set) == 8
   for game in games[1:]:
     for slot in range(8):
       if slot != 4:
@@ -364,11 +392,11 @@ def test_what_is_fed_costs_no_logits(sampler, params):
     assert wide == {f'{size}x32'}  # the embedding; not even lm_head is taken
 
 
-def test_weights_that_decode_are_those_that_learn(model, mesh, params):
+def test_weights_that_decode_are_those_that_learn(model, layout, params):
   """bfloat16 but for the scales of the norms; each number is the same."""
   config = dataclasses.replace(model, dtype='bfloat16')
   sampler = sampler_lib.Sampler(
-      model=config, mesh=mesh, slots=4, eos_ids=(1,))
+      model=config, layout=layout, slots=4, eos_ids=(1,))
   weights = sampler.weights(params)
   assert weights['layers'][1]['mlp']['up'].dtype == jnp.bfloat16
   np.testing.assert_array_equal(

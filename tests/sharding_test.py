@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
@@ -43,41 +44,95 @@ def test_impossible_meshes_are_refused(devices, shape, says):
 
 
 def test_logical_axes_land_where_the_rules_say(devices):
-  mesh = sharding.make_mesh((2, 2, 2), devices)
+  layout = sharding.Layout(sharding.make_mesh((2, 2, 2), devices))
   axes = {
       'a': PartitionSpec('vocab', 'embed'),
       'b': PartitionSpec('layers', 'embed', 'heads', 'head_dim'),
       'c': PartitionSpec(None, 'kv_heads'),
       'd': PartitionSpec('batch', 'length'),
   }
-  found = sharding.shardings(axes, mesh)
+  found = layout.place(axes)
   assert {name: x.spec for name, x in found.items()} == {
       'a': PartitionSpec('tensor', 'fsdp'),
       'b': PartitionSpec(None, 'fsdp', 'tensor', None),
       'c': PartitionSpec(None, 'tensor'),
       'd': PartitionSpec(('data', 'fsdp'), None),
   }
+  assert layout.shards == 4 and layout.size('mlp') == 2
+
+
+def test_the_batch_gives_way_to_other_dimensions(devices):
+  layout = sharding.Layout(
+      sharding.make_mesh((2, 2, 2), devices), sharding.rules(
+          dict(batch=('data', 'fsdp'), mlp=('fsdp', 'tensor')), 'decode'))
+  assert layout.spec('batch', None, 'mlp') == PartitionSpec(
+      'data', None, ('fsdp', 'tensor'))
+  assert layout.spec('batch', None, beside='mlp') == PartitionSpec('data', None)
+  x = np.arange(8.0 * 3).reshape(8, 3)
+  spread = jax.jit(lambda x: layout.constrain(x, 'batch', None))(x)
+  assert spread.sharding.is_equivalent_to(layout.rows, 2)
+  # Three rows cannot be split over four shards.
+  whole = jax.jit(lambda x: layout.constrain(x, 'batch', None))(x[:3])
+  assert whole.sharding.is_fully_replicated
+
+
+def test_weights_are_gathered_and_gradients_scattered(devices):
+  """In the dtype of the computation; the value and gradient are the plain."""
+  layout = sharding.Layout(sharding.make_mesh((2, 2, 2), devices))
+  w = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+  w = jax.device_put(w, layout.named('embed', 'mlp'))
+  x = jax.device_put(
+      np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32),
+      layout.rows)
+
+  def loss(w, gather):
+    used = w.astype(jnp.bfloat16)
+    if gather:
+      used = layout.gather(used, 'embed', 'mlp')
+    return jnp.sum(jnp.sin(x.astype(jnp.bfloat16) @ used).astype(jnp.float32))
+
+  step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  (value, gradient), (plain, expected) = step(w, True), step(w, False)
+  np.testing.assert_allclose(value, plain, rtol=1e-2)
+  np.testing.assert_allclose(gradient, expected, rtol=0.05, atol=0.05)
+  assert gradient.sharding.is_equivalent_to(w.sharding, 2)
+  text = step.lower(w, True).compile().as_text()
+  assert 'all-gather' in text
+
+
+@pytest.mark.parametrize(
+    ('table', 'says'),
+    [
+        ({'head': ('tensor',)}, 'config.sharding.update.head'),
+        ({'mlp': ('model',)}, "each of the mesh axes"),
+        ({'mlp': ('tensor', 'tensor')}, 'at most once'),
+        ({'mlp': ('fsdp',), 'embed': ('fsdp',)}, "both name 'fsdp'"),
+    ],
+)
+def test_impossible_rules_are_refused(table, says):
+  with pytest.raises(ValueError, match=says):
+    sharding.rules(table, 'sharding.update')
 
 
 def test_rows_are_split_over_data_and_fsdp(devices):
-  mesh = sharding.make_mesh((2, 2, 2), devices)
+  layout = sharding.Layout(sharding.make_mesh((2, 2, 2), devices))
   host = {'x': np.arange(24).reshape(8, 3), 'y': np.arange(4.0)}
-  placed = sharding.shard_batch(host, mesh)
+  placed = sharding.shard_batch(host, layout)
   for name, array in placed.items():
     np.testing.assert_array_equal(array, host[name])
-    assert array.sharding == sharding.rows(mesh)
+    assert array.sharding == layout.rows
     assert all(
         shard.data.shape[0] == len(host[name]) // 4
         for shard in array.addressable_shards)
   keys = jax.random.split(jax.random.key(0), 8)
   np.testing.assert_array_equal(
-      jax.random.key_data(sharding.shard_batch(keys, mesh)),
+      jax.random.key_data(sharding.shard_batch(keys, layout)),
       jax.random.key_data(keys))
-  whole = jax.device_put(np.arange(5), sharding.replicated(mesh))
+  whole = jax.device_put(np.arange(5), layout.replicated)
   assert all(shard.data.shape == (5,) for shard in whole.addressable_shards)
 
 
 def test_rows_that_do_not_divide_are_refused(devices):
-  mesh = sharding.make_mesh((2, 2, 2), devices)
+  layout = sharding.Layout(sharding.make_mesh((2, 2, 2), devices))
   with pytest.raises(ValueError, match='batch of 6 rows .* multiple of 4'):
-    sharding.shard_batch(np.zeros((6, 2)), mesh)
+    sharding.shard_batch(np.zeros((6, 2)), layout)

@@ -341,7 +341,8 @@ def test_a_pretrained_folder_is_trained_and_comes_back(
       params, jax.device_get(
           checkpoints.restore_actor(
               run / 'checkpoints', hf.load(exported)[0],
-              sharding.make_mesh((1, 1, 1), jax.devices()[:1]))[0]))
+              sharding.Layout(sharding.make_mesh(
+                  (1, 1, 1), jax.devices()[:1])))[0]))
 
 
 def test_pretrained_models_that_do_not_fit_are_refused(
@@ -382,6 +383,7 @@ def test_pretrained_models_that_do_not_fit_are_refused(
 _READERS = {
     'model': 'models/qwen.py', 'rollout': 'rollout/collect.py',
     'ppo': 'rl/learner.py', 'reward': 'rl/rewards.py', 'warmup': 'warmup.py',
+    'sharding.update': 'sharding.py', 'sharding.decode': 'sharding.py',
     'world': 'data/world.py'}
 
 

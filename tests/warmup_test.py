@@ -60,10 +60,12 @@ def test_rows_that_cannot_teach_are_refused(tokenizer):
     tokenize(ROWS, 20)
 
 
-def run(params, demonstrations, model, mesh, config=CONFIG, seed=0, **options):
+def run(
+    params, demonstrations, model, layout, config=CONFIG, seed=0, **options):
   losses = []
   found = warmup.train(
-      jax.tree.map(jnp.copy, params), demonstrations, model, config, mesh, seed,
+      jax.tree.map(jnp.copy, params), demonstrations, model, config, layout,
+      seed,
       on_step=lambda step, row: losses.append((step, row['warmup/loss'])),
       **options)
   assert [step for step, _ in losses] == list(range(1, config.steps + 1))
@@ -71,13 +73,13 @@ def run(params, demonstrations, model, mesh, config=CONFIG, seed=0, **options):
 
 
 def test_it_learns_and_is_deterministic(
-    demonstrations, model, params, mesh, recomputed):
-  new, losses = run(params, demonstrations, model, mesh)
+    demonstrations, model, params, layout, recomputed):
+  new, losses = run(params, demonstrations, model, layout)
   assert losses[-1] < 0.7 * losses[0]
-  again, same = run(params, demonstrations, model, mesh)
+  again, same = run(params, demonstrations, model, layout)
   assert same == losses
   jax.tree.map(np.testing.assert_array_equal, new, again)
-  _, other = run(params, demonstrations, model, mesh, seed=1)
+  _, other = run(params, demonstrations, model, layout, seed=1)
   assert other[0] != losses[0]
 
   # The first loss is the mean over the searcher's words of the first rows.
@@ -92,17 +94,17 @@ def test_it_learns_and_is_deterministic(
   np.testing.assert_allclose(losses[0], np.mean(total), rtol=1e-4)
 
 
-def test_masked_tokens_teach_nothing(demonstrations, model, params, mesh):
+def test_masked_tokens_teach_nothing(demonstrations, model, params, layout):
   """With nothing to learn from, no parameter moves."""
   config = dataclasses.replace(CONFIG, steps=2)
   silent = dataclasses.replace(
       demonstrations, mask=np.zeros_like(demonstrations.mask))
-  new, losses = run(params, silent, model, mesh, config)
+  new, losses = run(params, silent, model, layout, config)
   assert losses == [0.0, 0.0]
   jax.tree.map(np.testing.assert_array_equal, new, params)
 
 
-def test_tokens_may_be_renamed(demonstrations, model, params, mesh):
+def test_tokens_may_be_renamed(demonstrations, model, params, layout):
   seen = []
 
   def augment(tokens, rng):
@@ -115,16 +117,16 @@ def test_tokens_may_be_renamed(demonstrations, model, params, mesh):
       tokens=np.where(demonstrations.tokens == 13, 14, demonstrations.tokens))
   assert (renamed.tokens != demonstrations.tokens).any()
   new, losses = run(
-      params, demonstrations, model, mesh, config, augment=augment)
-  expected, same = run(params, renamed, model, mesh, config)
+      params, demonstrations, model, layout, config, augment=augment)
+  expected, same = run(params, renamed, model, layout, config)
   assert losses == same and len(set(seen)) == 2
   jax.tree.map(np.testing.assert_array_equal, new, expected)
 
 
-def test_a_loss_that_is_not_finite_stops(demonstrations, model, params, mesh):
+def test_a_loss_that_is_not_finite_stops(demonstrations, model, params, layout):
   broken = params | {'lm_head': params['lm_head'] * np.nan}
   with pytest.raises(FloatingPointError, match='at update 1'):
-    run(broken, demonstrations, model, mesh)
+    run(broken, demonstrations, model, layout)
 
 
 def test_every_row_comes_once_an_epoch():

@@ -15,12 +15,13 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from stepsearch import sharding
 
+RESULT = 'attention'  # what rematerialisation knows the result by
 MASKED = -1e30  # finite, so that a row without a visible key has no NaN
 BLOCK = 512  # at most so many queries by keys in one step of the splash kernel
 LANES = 128  # of a TPU's registers; blocks are multiples of it
@@ -109,7 +110,7 @@ def attend(
     segments: jax.Array | None = None,
     window: int | jax.Array | None = None,
     kind: str = 'plain',
-    mesh: Mesh | None = None,
+    layout: sharding.Layout | None = None,
 ) -> jax.Array:
   """Attention of T new tokens over the cache and over themselves.
 
@@ -135,8 +136,7 @@ def attend(
     window: as the field's `sliding_window` (transformers' masking_utils: the
       token itself counts); None, 0 and less: no limit. Traced only for 'plain'.
     kind: plain, splash or cudnn, see `resolve`.
-    mesh: where the arrays live. Needed by the kernels on more than one device:
-      rows are split over `data` and `fsdp`, heads over `tensor`.
+    layout: where the arrays lie. Needed by the kernels on several devices.
 
   Returns:
     [B, T, N, H] of q's dtype; scores and softmax are float32.
@@ -149,18 +149,19 @@ def attend(
   if not isinstance(window, jax.Array) and (window or 0) <= 0:
     window = None
   if cache is not None or kind == 'plain':
-    return _plain(q, k, v, cache, cache_length, segments, window)
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return checkpoint_name(
+        _plain(q, k, v, cache, cache_length, segments, window), RESULT)
+  platform = jax.default_backend() if layout is None else layout.platform
   kernel = functools.partial(
       {'splash': _splash, 'cudnn': _cudnn}[kind], window=window,
-      emulate=device.platform == 'cpu')
-  if mesh is not None and mesh.size > 1:
-    shards = mesh.shape['data'] * mesh.shape['fsdp']
+      emulate=platform == 'cpu')
+  if layout is not None and layout.mesh.size > 1:
     # A batch that does not split, as in `init`, is computed on every device.
-    batch = None if q.shape[0] % shards else sharding.BATCH
-    spec = PartitionSpec(batch, None, sharding.RULES['heads'])
+    batch = None if q.shape[0] % layout.shards else 'batch'
+    spec = layout.spec(batch, None, 'heads')
     kernel = jax.shard_map(
-        kernel, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(batch)),
+        kernel, mesh=layout.mesh,
+        in_specs=(spec, spec, spec, PartitionSpec(*spec[:1])),
         out_specs=spec, check_vma=False)
   return kernel(q, k, v, segments)
 
@@ -260,7 +261,8 @@ def _splash(q, k, v, segments, *, window, emulate):
       block_sizes=splash.BlockSizes(
           block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
           block_q_dq=block, block_kv_dq=block),
-      head_shards=1, q_seq_shards=1, interpret=emulate)
+      head_shards=1, q_seq_shards=1, interpret=emulate,
+      residual_checkpoint_name=RESULT)
   y = jax.vmap(kernel)(q, k, v, segments)
   return y.swapaxes(1, 2)[:, :length]
 

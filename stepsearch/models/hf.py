@@ -70,13 +70,13 @@ def tensors(config: qwen.Config, prefix: str = 'model.') -> folder_lib.Table:
 
 def load(
     path: str | os.PathLike[str] | folder_lib.Folder,
-    mesh: jax.sharding.Mesh | None = None, dtype: str = 'float32',
+    layout: sharding_lib.Layout | None = None, dtype: str = 'float32',
 ) -> tuple[qwen.Config, Any]:
   """Reads a decoder: Qwen2, Qwen2.5, Qwen3 or Llama-shaped.
 
   Args:
     path: the folder, on disk or gs://.
-    mesh: where the parameters lie, by `sharding.RULES`; None: one device.
+    layout: where the parameters lie; None: one device.
     dtype: of the parameters.
 
   Returns:
@@ -90,8 +90,8 @@ def load(
     folder = folder_lib.Folder(path)
   config, table, ignore = _checked(folder)
   shardings = None
-  if mesh is not None:
-    shardings = sharding_lib.shardings(qwen.axes(config)[0], mesh)
+  if layout is not None:
+    shardings = layout.place(qwen.axes(config)[0])
   return config, folder_lib.stream(
       folder, table, _shapes(config), shardings, dtype, ignore)
 

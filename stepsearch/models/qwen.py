@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch import sharding
 from stepsearch.models import attention
 from stepsearch.models import cache as cache_lib
 from stepsearch.models.cache import Cache
@@ -35,6 +36,17 @@ class RopeScaling:
   attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
   low_freq_factor: float = 1.0  # llama3
   high_freq_factor: float = 4.0  # llama3
+
+
+# What the forward pass keeps of each layer, of what is between its input and
+# its output; the backward pass computes the rest again.
+REMAT = {
+    'off': None,  # everything is kept
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names(
+        attention.RESULT),
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Config:
   windows: tuple[int, ...] = ()  # positions each layer sees, 0 = all; () = all
   max_length: int = 32768  # positions the model was made for
   dtype: str = 'float32'  # of the computation
-  remat: bool = False  # recompute each layer in the backward pass
+  remat: str = 'off'  # what the backward pass recomputes: `REMAT`
   attention: str = 'plain'  # plain | splash | cudnn: `attention.resolve`
 
   def __post_init__(self):
@@ -73,6 +85,10 @@ class Config:
           f'config.model.heads = {self.heads} is not a multiple of '
           f'config.model.kv_heads = {self.kv_heads}: every key/value head '
           'serves the same number of query heads.')
+    if self.remat not in REMAT:
+      raise ValueError(
+          f'config.model.remat = {self.remat!r}: choose one of '
+          f'{", ".join(REMAT)}.')
     if self.head_dim % 2:
       raise ValueError(
           f'config.model.head_dim = {self.head_dim}: rotary positions pair '
@@ -108,11 +124,22 @@ def _logical(init, *names):
   return nn.with_logical_partitioning(init, names)
 
 
+def _used(layout, weight, dtype, *names):
+  """A weight as it is multiplied: `dtype` first, so that half is gathered."""
+  weight = weight.astype(dtype)
+  return weight if layout is None else layout.gather(weight, *names)
+
+
+def _laid(layout, x, *names, beside=None):
+  """Activations where the layout wants them."""
+  return x if layout is None else layout.constrain(x, *names, beside=beside)
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) * scale over the last axis, in float32."""
 
   eps: float
-  axis: str = 'embed'
+  axis: str = 'norm'  # of a whole hidden state: never split
 
   @nn.compact
   def __call__(self, x):
@@ -186,7 +213,7 @@ class Attention(nn.Module):
   """Projections, rotation and bias around `attention.attend`."""
 
   config: Config
-  mesh: jax.sharding.Mesh | None
+  layout: sharding.Layout | None
 
   @nn.compact
   def __call__(self, x, cache, window, rotary, cache_length, segments):
@@ -203,10 +230,11 @@ class Attention(nn.Module):
       return value.astype(x.dtype)[None, None]
 
     def project(name, heads, axis):
+      names = ('embed', axis, 'head_dim')
       kernel = self.param(
-          name, _logical(init, 'embed', axis, 'head_dim'),
-          (c.embed, heads, c.head_dim))
-      y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
+          name, _logical(init, *names), (c.embed, heads, c.head_dim))
+      y = jnp.einsum(
+          'btd,dnh->btnh', x, _used(self.layout, kernel, x.dtype, *names))
       if c.attention_bias:
         y += bias(name, (heads, c.head_dim), axis, 'head_dim')
       return y
@@ -228,11 +256,12 @@ class Attention(nn.Module):
         cache = new.seen()
     y = attention.attend(
         q, k, v, cache=cache, cache_length=cache_length, segments=segments,
-        window=window, kind=c.attention, mesh=self.mesh)
+        window=window, kind=c.attention, layout=self.layout)
+    names = ('heads', 'head_dim', 'embed')
     kernel = self.param(
-        'o', _logical(init, 'heads', 'head_dim', 'embed'),
-        (c.heads, c.head_dim, c.embed))
-    y = jnp.einsum('btnh,nhd->btd', y, kernel.astype(x.dtype))
+        'o', _logical(init, *names), (c.heads, c.head_dim, c.embed))
+    y = jnp.einsum(
+        'btnh,nhd->btd', y, _used(self.layout, kernel, x.dtype, *names))
     if c.output_bias:
       y += bias('o', (c.embed,), 'embed')
     return y, new
@@ -242,26 +271,35 @@ class Mlp(nn.Module):
   """SwiGLU: down(silu(gate x) * up x)."""
 
   config: Config
+  layout: sharding.Layout | None
 
   @nn.compact
   def __call__(self, x):
     """[B, T, D] -> [B, T, D]."""
     c = self.config
     init = nn.initializers.normal(c.embed**-0.5)
-    gate, up = (
-        self.param(name, _logical(init, 'embed', 'mlp'), (c.embed, c.mlp))
-        for name in ('gate', 'up'))
-    down = self.param('down', _logical(init, 'mlp', 'embed'), (c.mlp, c.embed))
-    hidden = nn.silu(jnp.einsum('btd,df->btf', x, gate.astype(x.dtype)))
-    hidden *= jnp.einsum('btd,df->btf', x, up.astype(x.dtype))
-    return jnp.einsum('btf,fd->btd', hidden, down.astype(x.dtype))
+
+    def weight(name, shape, *names):
+      kernel = self.param(name, _logical(init, *names), shape)
+      return _used(self.layout, kernel, x.dtype, *names)
+
+    gate = weight('gate', (c.embed, c.mlp), 'embed', 'mlp')
+    up = weight('up', (c.embed, c.mlp), 'embed', 'mlp')
+    down = weight('down', (c.mlp, c.embed), 'mlp', 'embed')
+    # In decoding the MLP may be split over the batch's axes too.
+    x = _laid(self.layout, x, 'batch', None, None, beside='mlp')
+    hidden = nn.silu(jnp.einsum('btd,df->btf', x, gate))
+    hidden *= jnp.einsum('btd,df->btf', x, up)
+    hidden = _laid(self.layout, hidden, 'batch', None, 'mlp')
+    y = jnp.einsum('btf,fd->btd', hidden, down)
+    return _laid(self.layout, y, 'batch', None, None)
 
 
 class Layer(nn.Module):
   """Pre-norm attention and MLP with residuals; the body of the layer scan."""
 
   config: Config
-  mesh: jax.sharding.Mesh | None
+  layout: sharding.Layout | None
 
   @nn.compact
   def __call__(self, x, cache, window, *context):
@@ -270,23 +308,24 @@ class Layer(nn.Module):
     if window is None and c.windows:
       window = c.windows[0]
     with jax.named_scope('attention'):
-      y, new = Attention(c, self.mesh, name='attention')(
+      y, new = Attention(c, self.layout, name='attention')(
           RMSNorm(c.rms_norm_eps, name='attention_norm')(x), cache, window,
           *context)
     x += y
     with jax.named_scope('mlp'):
-      x += Mlp(c, name='mlp')(RMSNorm(c.rms_norm_eps, name='mlp_norm')(x))
+      x += Mlp(c, self.layout, name='mlp')(
+          RMSNorm(c.rms_norm_eps, name='mlp_norm')(x))
     return x, new
 
 
 class Qwen(nn.Module):
   """The decoder. Parameters are float32; computation is in `config.dtype`.
 
-  The mesh is needed by attention kernels on several devices only.
+  The layout is needed on several devices only.
   """
 
   config: Config
-  mesh: jax.sharding.Mesh | None = None
+  layout: sharding.Layout | None = None
 
   def setup(self):
     """Declares embedding, layers, final norm and, untied, the output matrix."""
@@ -295,7 +334,9 @@ class Qwen(nn.Module):
         'embedding', _logical(
             nn.initializers.normal(c.embed**-0.5), 'vocab', 'embed'),
         (c.vocab_size, c.embed))
-    layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+    layer = Layer
+    if c.remat != 'off':
+      layer = nn.remat(Layer, prevent_cse=False, policy=REMAT[c.remat])
     self.layers = nn.scan(
         layer,
         variable_axes={'params': 0},
@@ -304,7 +345,7 @@ class Qwen(nn.Module):
         out_axes=0,
         length=c.layers,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, self.mesh)
+    )(c, self.layout)
     self.final_norm = RMSNorm(c.rms_norm_eps)
     if not c.tie_embeddings:
       self.lm_head = self.param(
@@ -337,7 +378,7 @@ class Qwen(nn.Module):
       hidden [B, T, D] of `config.dtype`, and a `Cache` of the T new entries.
     """
     c = self.config
-    x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+    x = _embed(c, self.layout, self.embedding, tokens)
     # Windows that differ go through the scan; one that all layers share stays
     # a constant, which the kernels need.
     windows = None
@@ -352,23 +393,35 @@ class Critic(nn.Module):
   """The same trunk with a scalar head that starts at zero."""
 
   config: Config
-  mesh: jax.sharding.Mesh | None = None
+  layout: sharding.Layout | None = None
 
   @nn.compact
   def __call__(self, tokens, positions, segments=None):
     """Values [B, T] float32 read off each position's hidden state."""
     hidden, _ = Qwen(
-        dataclasses.replace(self.config, tie_embeddings=True), self.mesh,
+        dataclasses.replace(self.config, tie_embeddings=True), self.layout,
         name='trunk')(tokens, positions, segments=segments)
     kernel = self.param(
-        'head', _logical(nn.initializers.zeros, 'embed'), (self.config.embed,))
+        'head', _logical(nn.initializers.zeros, 'norm'), (self.config.embed,))
     return jnp.einsum(
         'btd,d->bt', hidden, kernel.astype(hidden.dtype),
         preferred_element_type=jnp.float32)
 
 
+def _embed(config, layout, table, tokens):
+  """Rows of the embedding [V, D], [B, T, D] in the computation's dtype.
+
+  Every device looks up all tokens in its part of the table, since the table is
+  larger than what is looked up.
+  """
+  tokens = _laid(layout, tokens, 'batch', None, beside='embed')
+  x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+  x = _laid(layout, x, 'batch', None, 'embed')
+  return _laid(layout, x, 'batch', None, None)
+
+
 def feed(
-    config: Config, mesh: jax.sharding.Mesh | None, params: Any,
+    config: Config, layout: sharding.Layout | None, params: Any,
     tokens: jax.Array, cache: Cache, start: jax.Array,
     rows: jax.Array | None = None, shards: int = 1, fresh: bool = False,
 ) -> tuple[jax.Array, Cache]:
@@ -376,7 +429,7 @@ def feed(
 
   Args:
     config: of the decoder.
-    mesh: as of `Qwen`.
+    layout: as of `Qwen`.
     params: of an actor; its layers stacked or unrolled (`unroll`), as those of
       the cache.
     tokens: [n, T] int32.
@@ -396,15 +449,15 @@ def feed(
   positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   if not isinstance(params['layers'], tuple):
     seen = None if fresh else cache_lib.pick(cache, rows, shards)
-    hidden, new = Qwen(c, mesh).apply(
+    hidden, new = Qwen(c, layout).apply(
         {'params': params}, tokens, positions, seen,
         None if seen is None else start)
     return hidden, cache_lib.write(cache, new, start, rows, shards)
-  x = jnp.take(params['embedding'], tokens, axis=0).astype(c.dtype)
+  x = _embed(c, layout, params['embedding'], tokens)
   rotary = _rotary(positions, c)
   layers = []
   for i, layer in enumerate(params['layers']):
-    x, entry = Layer(c, mesh).apply(
+    x, entry = Layer(c, layout).apply(
         {'params': layer}, x,
         cache_lib.Layer(cache.k[i], cache.v[i], rows, shards, fresh),
         c.windows[i] if c.windows else None, rotary, start, None)
@@ -422,11 +475,25 @@ def unroll(params: Any) -> Any:
       for i in range(count))}
 
 
-def unembedding(params: Any) -> jax.Array:
+def unembedding(
+    params: Any, layout: sharding.Layout | None = None,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
   """The output matrix [D, V] of an actor's parameters, tied or not."""
   if 'lm_head' in params:
-    return params['lm_head']
-  return params['embedding'].T
+    return _used(layout, params['lm_head'], dtype, 'embed', 'vocab')
+  return _used(layout, params['embedding'], dtype, 'vocab', 'embed').T
+
+
+def compact(config: Config, params: Any) -> Any:
+  """Parameters in the computation's dtype, for a model that is not trained.
+
+  They compute what the float32 ones do, bit for bit: a weight is cast before it
+  is used anyway, and the scales of the norms, which are not, stay as they are.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: x if path[-1].key == 'scale' else x.astype(config.dtype),
+      params)
 
 
 def init(config: Config, key: jax.Array) -> Any:

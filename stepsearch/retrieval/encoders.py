@@ -86,7 +86,7 @@ class NeuralEmbedder:
     self._module = module
     self._params = params
     self._tokenizer = tokenizer
-    self._mesh = mesh
+    self._layout = sharding.Layout(mesh)
     self._pooling = pooling
     self._max_length = max_length
     tokenizer.no_padding()
@@ -108,10 +108,8 @@ class NeuralEmbedder:
     # The longest first: what is left for an incomplete batch is short.
     order = np.argsort(-lengths, kind='stable')
     order = order[lengths[order] > 0]
-    shards = self._mesh.shape['data'] * self._mesh.shape['fsdp']
-    tokens_a_batch = _TOKENS.get(
-        self._mesh.devices.flat[0].platform, _TOKENS_ELSEWHERE
-    )
+    shards = self._layout.shards
+    tokens_a_batch = _TOKENS.get(self._layout.platform, _TOKENS_ELSEWHERE)
     results = []
     while len(order):
       width = min(_width(int(lengths[order[0]])), self._max_length)
@@ -123,7 +121,7 @@ class NeuralEmbedder:
         tokens[i, : lengths[row]] = rows[row]
       known = np.zeros([size], np.int32)
       known[: len(chosen)] = lengths[chosen]
-      placed = sharding.shard_batch((tokens, known), self._mesh)
+      placed = sharding.shard_batch((tokens, known), self._layout)
       results.append((
           chosen, _vectors(self._module, self._pooling, self._params, *placed)
       ))

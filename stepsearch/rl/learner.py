@@ -91,7 +91,7 @@ def _join(tree):
 
 
 class Learner:
-  """The jitted functions for one model shape, PPO config and mesh.
+  """The jitted functions for one model shape, PPO config and layout.
 
   Attributes:
     make_batch: (state, reference, trajectory, rewards) -> (Batch, metrics).
@@ -100,7 +100,7 @@ class Learner:
   """
 
   def __init__(
-      self, model: qwen.Config, config: Config, mesh: jax.sharding.Mesh,
+      self, model: qwen.Config, config: Config, layout: sharding.Layout,
       batch_size: int, num_steps: int,
   ):
     """Checks the sizes; compiles nothing yet.
@@ -108,19 +108,19 @@ class Learner:
     Args:
       model: sizes that actor, critic and reference share.
       config: the leaves of `config.ppo`.
-      mesh: from `sharding.make_mesh`.
+      layout: of the update.
       batch_size: episodes a step, over all devices.
       num_steps: learner steps of the whole run; warm-up shares refer to it.
 
     Raises:
       ValueError: sizes that do not divide; an unknown option.
     """
-    _check(config, mesh, batch_size)
+    _check(config, layout, batch_size)
     self.config = config
-    self.mesh = mesh
+    self.layout = layout
     self._model = model
-    self._actor = qwen.Qwen(model, mesh)
-    self._critic = qwen.Critic(model, mesh)
+    self._actor = qwen.Qwen(model, layout)
+    self._critic = qwen.Critic(model, layout)
     self._tx = policy.optimizer(
         config.optimizer, config.beta1, config.beta2, config.weight_decay,
         config.max_grad_norm)
@@ -134,13 +134,17 @@ class Learner:
         jnp.float32(max(round(share * total), 1))
         for share in (config.actor_warmup, config.critic_warmup))
 
-    everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    everywhere, rows = layout.replicated, layout.rows
     self.shardings = self._state_shardings()
     self._init = jax.jit(
         lambda key: self._fresh(qwen.init(model, key)),
         out_shardings=self.shardings)
     # Copied: what jit passes through would share the caller's buffers, and
     # `update` donates them.
+    self._freeze = jax.jit(
+        lambda actor: qwen.compact(
+            model, jax.tree.map(jnp.copy, actor)),
+        out_shardings=self.shardings.actor.params)
     self._start = jax.jit(
         lambda actor: self._fresh(jax.tree.map(jnp.copy, actor)),
         out_shardings=self.shardings)
@@ -161,6 +165,10 @@ class Learner:
     """Step 0 of given actor parameters, with fresh critic and optimizers."""
     return self._start(actor)
 
+  def freeze(self, actor: Params) -> Params:
+    """A copy as the reference: in the computation's dtype."""
+    return self._freeze(actor)
+
   def make_batch(
       self, state: TrainState, reference: Params,
       trajectory: types.Trajectory, rewards: jax.Array,
@@ -174,7 +182,7 @@ class Learner:
 
     Args:
       state: actor and critic that define pi_old and the values.
-      reference: parameters of the frozen policy.
+      reference: the frozen policy, from `freeze`.
       trajectory: [B, T] arrays as sampled.
       rewards: [B, T] float32, turn and global rewards at their tokens.
     """
@@ -224,11 +232,11 @@ class Learner:
     state = jax.eval_shape(
         lambda: self._fresh(qwen.init(self._model, jax.random.key(0))))
     actor, critic = (
-        policy.layout(self._tx, model.params, axes, self.mesh)
+        policy.shardings(self._tx, model.params, axes, self.layout)
         for model, axes in zip(
             (state.actor, state.critic), qwen.axes(self._model)))
     return TrainState(
-        step=sharding.replicated(self.mesh), actor=actor, critic=critic)
+        step=self.layout.replicated, actor=actor, critic=critic)
 
   # -- targets ---------------------------------------------------------------
 
@@ -242,17 +250,21 @@ class Learner:
         self._actor, params, tokens, temperature, self.config.logprob_chunk,
         places)
 
+  def _rows(self, tree):
+    """Arrays [B, ...] as the update splits them; decoding may differ."""
+    return jax.tree.map(lambda x: self.layout.constrain(
+        x, 'batch', *(None,) * (x.ndim - 1)), tree)
+
   def _packed(self, tree, source):
     """[B, T] arrays -> [N, R, T] as `source` packs them, and their places."""
-    rows = jax.sharding.NamedSharding(
-        self.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH))
-    put = lambda x: jax.lax.with_sharding_constraint(x, rows)
+    put = lambda x: self.layout.constrain(x, None, 'batch', None)
     return (
         jax.tree.map(lambda x: put(packing.gather(x, source)), tree),
         jax.tree.map(put, packing.places(source)))
 
   def _targets(
       self, actor, critic, reference, trajectory, rewards, plan, c):
+    trajectory, rewards = self._rows((trajectory, rewards))
     mask = trajectory.loss_mask
 
     def forward(piece):
@@ -360,6 +372,9 @@ class Learner:
         grad = jax.grad(loss, has_aux=True)
         grads, aux = _sum(
             lambda piece: grad(model.params, piece, c), pieces, passes)  # noqa: B023
+        # Whole sums of gradients would lie on every device otherwise.
+        grads = jax.lax.with_sharding_constraint(
+            grads, getattr(self.shardings, name).params)
         rate = c[f'{name}_lr'] * jnp.minimum(
             (count + 1) / c[f'{name}_ramp'], 1.0)
         new.append(policy.apply_gradients(self._tx, model, grads, rate))
@@ -423,7 +438,7 @@ def _sum(function, pieces, passes):
           jnp.add, total, function(_piece(pieces, i))), zeros)
 
 
-def _check(config, mesh, batch_size):
+def _check(config, layout, batch_size):
   for field, value, of, size in (
       ('minibatch_size', config.minibatch_size, 'config.batch_size',
        batch_size),
@@ -433,12 +448,12 @@ def _check(config, mesh, batch_size):
       raise ValueError(
           f'config.ppo.{field} = {value} does not divide {of} = {size}: '
           f'choose a divisor of {size}.')
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = layout.shards
   if config.microbatch_size % shards:
     raise ValueError(
         f'config.ppo.microbatch_size = {config.microbatch_size} cannot be '
-        f'split over the {shards} data x fsdp shards of config.mesh: choose a '
-        f'multiple of {shards}.')
+        f'split over the {shards} shards of config.sharding.update.batch = '
+        f'{layout.axes("batch")!r}: choose a multiple of {shards}.')
   for field, options in (
       ('average', ('trajectory', 'token')), ('kl_kind', ('k1', 'k2', 'k3')),
       ('optimizer', policy.OPTIMIZERS)):

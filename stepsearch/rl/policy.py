@@ -58,8 +58,9 @@ def apply_gradients(
   return ModelState(params, opt_state)
 
 
-def layout(
-    tx: optax.GradientTransformation, params: Params, axes: Any, mesh: Any
+def shardings(
+    tx: optax.GradientTransformation, params: Params, axes: Any,
+    layout: sharding.Layout,
 ) -> ModelState:
   """`NamedSharding`s of a `ModelState`: moments lie as their parameters do.
 
@@ -67,10 +68,10 @@ def layout(
     tx: the optimizer.
     params: parameters, or their shapes.
     axes: logical axis names of the parameters, from `qwen.axes`.
-    mesh: from `sharding.make_mesh`.
+    layout: of the update.
   """
-  everywhere = sharding.replicated(mesh)
-  placed = sharding.shardings(axes, mesh)
+  everywhere = layout.replicated
+  placed = layout.place(axes)
   opt_state = optax.tree_utils.tree_map_params(
       # Adafactor's factored moments have other shapes than their parameters.
       tx, lambda x, s, p: s if x.shape == p.shape else everywhere,
@@ -100,9 +101,9 @@ def next_token_logprobs(
   """
   at, segments = places or (positions(tokens), None)
   hidden, _ = model.apply({'params': params}, tokens, at, segments=segments)
+  matrix = qwen.unembedding(params, model.layout, hidden.dtype)
   logprobs, entropy = losses.token_logprobs(
-      hidden[:, :-1], qwen.unembedding(params), tokens[:, 1:], temperature,
-      chunk)
+      hidden[:, :-1], matrix, tokens[:, 1:], temperature, chunk)
   shift = lambda x: jnp.pad(x, ((0, 0), (1, 0)))
   return shift(logprobs), shift(entropy)
 

@@ -66,8 +66,8 @@ class Collector:
 
   def __init__(
       self, model: qwen.Config, config: Config, tokenizer: Any,
-      protocol: protocol_lib.Protocol, search: Search, mesh: Any,
-      on_tick: Callable[[], None] | None = None,
+      protocol: protocol_lib.Protocol, search: Search,
+      layout: sharding.Layout, on_tick: Callable[[], None] | None = None,
   ):
     """Checks the budgets and builds the stop table.
 
@@ -77,7 +77,7 @@ class Collector:
       tokenizer: a `tokenizer.Tokenizer`.
       protocol: the texts around the policy's turns.
       search: (queries, k) -> one list of documents a query.
-      mesh: rows are split over its batch axes.
+      layout: of decoding.
       on_tick: called after each chunk; what it raises ends the call.
 
     Raises:
@@ -90,11 +90,10 @@ class Collector:
     self._protocol = protocol
     self._search = search
     self._searching = threading.Lock()
-    self._mesh = mesh
+    self._layout = layout
     self._on_tick = on_tick or (lambda: None)
     self._model = model
-    self._feed = _FEED.get(
-        mesh.devices.flat[0].platform, _FEED_ELSEWHERE)
+    self._feed = _FEED.get(layout.platform, _FEED_ELSEWHERE)
     # Few widths and sizes, for each is compiled.
     self._prompts = [config.prompt_length]
     while self._prompts[0] > 16:
@@ -108,7 +107,7 @@ class Collector:
     self._feed = min(self._feed, 2**28 // (longest * model.heads))
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
-    self._table = jax.device_put(table, sharding.replicated(mesh))
+    self._table = jax.device_put(table, layout.replicated)
     self._cache: dict[str, np.ndarray] = {}
     self._prefix = np.zeros([0], np.int32)
 
@@ -203,10 +202,10 @@ class _Play:
   def __init__(self, collector, params, prompts, key, first_episode, greedy):
     c = self._c = collector
     config = self._config = c.config
-    shards = c._mesh.shape['data'] * c._mesh.shape['fsdp']
+    shards = c._layout.shards
     count = _bucket(min(config.slots or len(prompts), len(prompts)), shards)
     self._sampler = sampler_lib.Sampler(
-        model=c._model, mesh=c._mesh, slots=count,
+        model=c._model, layout=c._layout, slots=count,
         eos_ids=c._tokenizer.eos_ids, top_k=config.top_k, top_p=config.top_p)
     self._local = count // shards  # slots of a shard
     self._fewer = [
@@ -571,7 +570,7 @@ class _Play:
                 np.arange(width)[None] < length[:, None]).astype(np.float32),
             loss_mask=self._loss_mask[:, :width],
             logprobs=self._logprobs[:, :width], turn_ends=turn_ends),
-        self._c._mesh)
+        self._c._layout)
 
   def transcripts(self) -> list[types.Transcript]:
     """The texts."""

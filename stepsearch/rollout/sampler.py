@@ -24,8 +24,6 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 
 from stepsearch import sharding
@@ -55,7 +53,7 @@ class State:
 class Rows:
   """n slots that a call is about, made on the host.
 
-  With several shards (the mesh's batch axes) the j-th of equal parts of the
+  With several shards (the batch's axes) the j-th of equal parts of the
   rows lies in the j-th of equal parts of the slots. Slots are distinct; those
   of rows that are not active are left as they are.
   """
@@ -92,7 +90,7 @@ class Sampler:
   """
 
   model: qwen.Config
-  mesh: jax.sharding.Mesh
+  layout: sharding.Layout  # of decoding
   slots: int  # B, a multiple of `shards`
   eos_ids: tuple[int, ...]  # any of them ends an episode
   top_k: int = 0  # 0 = off
@@ -101,19 +99,19 @@ class Sampler:
   @property
   def shards(self) -> int:
     """Parts that the slots are split into."""
-    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    return self.layout.shards
 
   @property
   def unrolled(self) -> bool:
     """Whether layers are unrolled; as `models.cache` says, not on TPU."""
-    return self.mesh.devices.flat[0].platform != 'tpu'
+    return self.layout.platform != 'tpu'
 
   def weights(self, params: Any) -> Any:
     """The actor's parameters as decoding wants them, a copy.
 
     In the computation's dtype, but for the scales of the norms, which are
-    multiplied in float32; split over `tensor` as in training and whole
-    otherwise, so that no step gathers anything; layers unrolled or stacked.
+    multiplied in float32; laid out for decoding, so that no step gathers
+    weights; layers unrolled or stacked.
     """
     return _weights(self, params)
 
@@ -211,19 +209,18 @@ class Sampler:
 
   def _feed(self, params, tokens, cache, start, rows=None, fresh=False):
     return qwen.feed(
-        self.model, self.mesh, params, tokens, cache, start, rows, self.shards,
-        fresh)
+        self.model, self.layout, params, tokens, cache, start, rows,
+        self.shards, fresh)
 
 
 def _layout(sampler) -> State:
   """`NamedSharding`s of a state."""
-  rows = sharding.rows(sampler.mesh)
-  axes = (sharding.BATCH, sharding.RULES['kv_heads'], None, None)
+  rows = sampler.layout.rows
+  axes = ('batch', 'kv_heads', None, None)
   if sampler.unrolled:
-    entries = (NamedSharding(sampler.mesh, PartitionSpec(*axes)),
-               ) * sampler.model.layers
+    entries = (sampler.layout.named(*axes),) * sampler.model.layers
   else:
-    entries = NamedSharding(sampler.mesh, PartitionSpec(None, *axes))
+    entries = sampler.layout.named(None, *axes)
   return State(
       rows, rows, rows, rows, rows, rows, cache_lib.Cache(entries, entries))
 
@@ -259,19 +256,9 @@ def _shrink(sampler, state, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weights(sampler, params):
-  dtype = jnp.dtype(sampler.model.dtype)
-
-  def place(path, x, axes):
-    if path[-1].key != 'scale':
-      x = x.astype(dtype)
-    spec = PartitionSpec(*(
-        'tensor' if name is not None and sharding.RULES[name] == 'tensor'
-        else None for name in axes))
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(sampler.mesh, spec))
-
-  params = jax.tree_util.tree_map_with_path(
-      place, params, qwen.axes(sampler.model)[0])
+  params = jax.lax.with_sharding_constraint(
+      qwen.compact(sampler.model, params),
+      sampler.layout.place(qwen.axes(sampler.model)[0]))
   return qwen.unroll(params) if sampler.unrolled else params
 
 
@@ -279,7 +266,7 @@ def _weights(sampler, params):
 def _prefix(sampler, params, tokens):
   cache = qwen.empty_cache(sampler.model, 1, tokens.shape[0], sampler.unrolled)
   return qwen.feed(  # one row, the same on all devices
-      sampler.model, sampler.mesh, params, tokens[None], cache,
+      sampler.model, sampler.layout, params, tokens[None], cache,
       jnp.zeros((1,), jnp.int32), fresh=True)[1]
 
 
@@ -352,7 +339,8 @@ def _append(sampler, params, state, rows):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(sampler, steps, params, state, table, key, temperature,
             greedy):
-  matrix = qwen.unembedding(params)
+  layout = sampler.layout
+  matrix = qwen.unembedding(params, layout, sampler.model.dtype)
   ends = jnp.asarray(sampler.eos_ids, jnp.int32)
   before = jnp.sum(state.stop != RUNNING)
   enough = max(sampler.slots // WAITING, 1)
@@ -372,9 +360,13 @@ def _decode(sampler, steps, params, state, table, key, temperature,
     active = state.stop == RUNNING
     hidden, cache = sampler._feed(
         params, state.pending[:, None], state.cache, state.length - 1)
-    logits = jnp.einsum(
-        'bd,dv->bv', hidden[:, 0], matrix.astype(hidden.dtype),
-        preferred_element_type=jnp.float32) / temperature
+    hidden = layout.constrain(hidden[:, 0], 'batch', None, beside='vocab')
+    logits = layout.constrain(
+        jnp.einsum(
+            'bd,dv->bv', hidden, matrix, preferred_element_type=jnp.float32),
+        'batch', 'vocab')
+    # Drawing looks at whole rows.
+    logits = layout.constrain(logits, 'batch', None) / temperature
     logits -= jnp.max(logits, axis=-1, keepdims=True)
     odds = jnp.exp(logits)
     draws = jax.vmap(

@@ -37,7 +37,7 @@ def lengths_of(workdir: pathlib.Path) -> np.ndarray:
       for line in path.read_text(encoding='utf-8').splitlines()])
 
 
-def batch_of(lengths, multiple, vocab_size, mesh):
+def batch_of(lengths, multiple, vocab_size, layout):
   """A trajectory of random tokens, half of them sampled, and rewards."""
   rng = np.random.default_rng(0)
   width = -(-int(lengths.max()) // multiple) * multiple
@@ -51,7 +51,7 @@ def batch_of(lengths, multiple, vocab_size, mesh):
       logprobs=np.zeros(inside.shape, np.float32),
       turn_ends=np.full((len(lengths), 6), -1, np.int32))
   rewards = (rng.normal(size=inside.shape) * mask).astype(np.float32)
-  return sharding.shard_batch((trajectory, rewards), mesh)
+  return sharding.shard_batch((trajectory, rewards), layout)
 
 
 def main():
@@ -61,12 +61,13 @@ def main():
   flags = parser.parse_args()
   config = config_lib.load(f'{_ROOT}/configs/tiny.py')
   model = hf.read_config(folder_lib.Folder(flags.workdir / 'model'))
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  layout = sharding.Layout(
+      sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
   every = lengths_of(flags.workdir)
   lengths = np.random.default_rng(0).choice(
       every, config.batch_size, replace=False)
   trajectory, rewards = batch_of(
-      lengths, config.rollout.length_multiple, model.vocab_size, mesh)
+      lengths, config.rollout.length_multiple, model.vocab_size, layout)
   print(f'{len(lengths)} episodes of {lengths.min()}-{lengths.max()} tokens, '
         f'mean {lengths.mean():.0f}, in rows of {trajectory.tokens.shape[1]}')
 
@@ -75,7 +76,7 @@ def main():
       ('unpacked', dict(packing=False)),
       ('packed', dict(packing=True, microbatch_size=4))):
     learner = learner_lib.Learner(
-        model, learner_lib.Config(**config.ppo.to_dict() | changes), mesh,
+        model, learner_lib.Config(**config.ppo.to_dict() | changes), layout,
         config.batch_size, config.num_steps)
     state = learner.init(jax.random.key(0))
 

@@ -77,7 +77,8 @@ def sampled(
 ) -> sampler_lib.Chunk:
   """So many tokens that rows with the same prompt go on with; none stops."""
   sampler = sampler_lib.Sampler(
-      model=config, mesh=sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+      model=config, layout=sharding.Layout(
+          sharding.make_mesh((1, 1, 1), jax.devices()[:1])),
       slots=rows, eos_ids=(-1,))
   params = sampler.weights(params)
   slots = np.arange(rows, dtype=np.int32)

@@ -284,9 +284,10 @@ def own(workdir: pathlib.Path, rounds: int) -> list[Row]:
       config, workdir, training=False, card=workdir / 'model',
       say=lambda _: None)
   params, _ = checkpoints.restore_actor(
-      workdir / 'checkpoints', parts.model, parts.mesh)
+      workdir / 'checkpoints', parts.model, parts.decode)
   examples = parts.eval[:256]
-  shared = (parts.tokenizer, parts.protocol, parts.retriever.search, parts.mesh)
+  shared = (
+      parts.tokenizer, parts.protocol, parts.retriever.search, parts.decode)
   config = dataclasses.replace(parts.collect.config, slots=64, chunk=16, lag=0)
   collector = collect.Collector(parts.model, config, *shared)
   collector.prepare(example.question for example in examples)
@@ -308,7 +309,8 @@ def skewed(rounds: int) -> list[Row]:
       observation_length=8, max_length=16 + 2 * 256 + 8, temperature=100.0,
       length_multiple=8, slots=64, chunk=16, lag=0)
   shared = (
-      tokenizer, protocol_lib.Protocol.short(), lambda queries, k: [], _mesh())
+      tokenizer, protocol_lib.Protocol.short(), lambda queries, k: [],
+      _layout())
   table = counting(
       _TINY.vocab_size, 32, sampler_lib.ANSWER, _TINY.vocab_size // 10)
   made = []
@@ -343,7 +345,8 @@ def loop() -> tuple[Callable[[], Any], collect.Collector]:
       max_turns=_TURNS - 1, k=1, prompt_length=64, response_length=32,
       observation_length=128, max_length=448, chunk=16, lag=0)
   collector = collect.Collector(
-      _SHAPE, config, tokenizer, protocol_lib.Protocol.short(), search, _mesh())
+      _SHAPE, config, tokenizer, protocol_lib.Protocol.short(), search,
+      _layout())
   collector._table = counting(
       _SHAPE.vocab_size, _WRITTEN, sampler_lib.SEARCH)
   params = weights(_SHAPE)
@@ -408,8 +411,8 @@ def agentic(rounds: int) -> list[Row]:
 # ── The sampler alone ────────────────────────────────────────────────────────
 
 
-def _mesh():
-  return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+def _layout():
+  return sharding.Layout(sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
 
 
 def feed(call, state, tokens: np.ndarray, budget: int):
@@ -432,7 +435,7 @@ def resumed(rounds: int) -> Row:
   """
   count, prompt, turns, written, observed = 16, 512, 4, 64, 200
   sampler = sampler_lib.Sampler(
-      model=_SHAPE, mesh=_mesh(), slots=count, eos_ids=())
+      model=_SHAPE, layout=_layout(), slots=count, eos_ids=())
   params = weights(_SHAPE)
   table = jnp.zeros((1, _SHAPE.vocab_size), jnp.int32)
   rng = np.random.default_rng(0)
@@ -494,7 +497,7 @@ def samplers(
   """
   count, width, new, chunk = 32, 64, 64, 32
   sampler = sampler_lib.Sampler(
-      model=_SHAPE, mesh=_mesh(), slots=count, eos_ids=())
+      model=_SHAPE, layout=_layout(), slots=count, eos_ids=())
   params = weights(_SHAPE)
   table = jnp.zeros((1, _SHAPE.vocab_size), jnp.int32)
   tokens = np.random.default_rng(0).integers(
