@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from stepsearch import config as config_lib
 from stepsearch import sharding
 from stepsearch import types
 from stepsearch.models import qwen
@@ -14,6 +16,7 @@ from stepsearch.rl import learner as learner_lib
 from stepsearch.rl import losses
 from stepsearch.rl import policy
 
+_ROOT = pathlib.Path(__file__).parents[1]
 B, T, STEPS = 16, 22, 10
 PLAIN = learner_lib.Config(
     minibatch_size=16, microbatch_size=8, gamma=0.95, gae_lambda=0.9,
@@ -402,6 +405,46 @@ def test_every_optimizer_lays_its_state_out(name, model, eight):
       jax.tree.leaves(state), jax.tree.leaves(laid_out.opt_state),
       strict=True):
     s.shard_shape(x.shape)
+
+
+def test_the_tiny_run_s_update_is_the_same_for_twenty_steps_on_eight_devices(
+    layout, trajectory):
+  """Its model and coefficients, packed; everything split over two axes."""
+  config = config_lib.load(str(_ROOT / 'configs/tiny.py'))
+  sizes = config.model.to_dict()
+  for name in ('pretrained', 'attention'):
+    del sizes[name]
+  model = qwen.Config(**sizes | dict(vocab_size=64, layers=2))
+  ppo = learner_lib.Config(
+      **config.ppo.to_dict() | dict(microbatch_size=8, minibatch_size=8))
+  if len(jax.devices()) < 8:
+    pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
+  spread = sharding.Layout(
+      sharding.make_mesh((1, 4, 2), jax.devices()[:8]),
+      sharding.rules(
+          dict(batch=('fsdp', 'tensor'), embed=('fsdp', 'tensor')),
+          'sharding.update'))
+  curves = []
+  for where in (layout, spread):
+    learner = make(model, where, ppo)
+    state = learner.init(jax.random.key(0))
+    reference = learner.freeze(state.actor.params)
+    rows = []
+    for step in range(20):
+      rewards = np.random.default_rng(step).normal(
+          size=(B, T)) * trajectory.loss_mask
+      batch, _ = learner.make_batch(
+          state, reference,
+          *sharding.shard_batch(
+              (trajectory, np.asarray(rewards, np.float32)), where))
+      state, metrics = learner.update(state, batch, jax.random.key(step))
+      rows.append([
+          float(metrics[name]) for name in (
+              'ppo/policy_loss', 'critic/loss', 'ppo/grad_norm', 'ppo/entropy')
+      ])
+    curves.append(np.asarray(rows))
+  assert np.ptp(curves[0][:, 1]) > 0.1  # it does learn meanwhile
+  np.testing.assert_allclose(curves[1], curves[0], rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize('average', ['trajectory', 'token'])
