@@ -22,6 +22,8 @@ def get_config(arg=''):
       decode=dict(
           batch=('data', 'fsdp'), embed=(), vocab=('tensor',),
           heads=('tensor',), kv_heads=('tensor',), mlp=('tensor',))))
+  # What lies in host memory while it is not needed: optimizer, reference.
+  config.offload = ()
   config.tokenizer = ''  # folder or tokenizer.json; '' = the world's own words
   config.tensorboard = True
   config.compilation_cache = ''  # folder for compiled programs; '' = off

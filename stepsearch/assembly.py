@@ -140,7 +140,8 @@ def build(
       model,
       learner.Config(
           temperature=config.rollout.temperature, **config.ppo.to_dict()),
-      update, config.batch_size, config.num_steps) if training else None
+      update, config.batch_size, config.num_steps,
+      config.offload) if training else None
   rollout = config.rollout.to_dict()
   del rollout['protocol']
   collector = collect.Collector(

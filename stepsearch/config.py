@@ -325,7 +325,7 @@ def _parse(text: str, kind: type, default: Any) -> Any:
       return text
   if kind not in (tuple, list):
     raise TypeError(kind)
-  if default and isinstance(default[0], str):
+  if not default or isinstance(default[0], str):
     try:
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # a,b without quotes

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 AXES = ('data', 'fsdp', 'tensor')
+HOST = 'pinned_host'  # memory beside the device, which copies from it directly
 # Logical axes that rules may name; all others are never split.
 LOGICAL = ('batch', 'vocab', 'embed', 'heads', 'kv_heads', 'mlp')
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -216,6 +217,38 @@ def rules(table: Mapping[str, Sequence[str]], field: str) -> Rules:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def has_host_memory(layout: Layout) -> bool:
+  """Whether arrays of the mesh can lie in `HOST` memory."""
+  return any(
+      memory.kind == HOST
+      for memory in layout.mesh.devices.flat[0].addressable_memories())
+
+
+def on_host(shardings: Any) -> Any:
+  """A pytree of shardings with their arrays in `HOST` memory."""
+  return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
+
+
+def on_device(tree: Any, donate: bool = False) -> Any:
+  """Copies arrays that lie in `HOST` memory to their devices.
+
+  Args:
+    tree: of arrays; those on a device are returned as they are.
+    donate: frees what lay in host memory, once it is copied.
+  """
+
+  def move(x):
+    if x.sharding.memory_kind != HOST:
+      return x
+    [default] = {d.default_memory().kind for d in x.sharding.device_set}
+    y = jax.device_put(x, x.sharding.with_memory_kind(default))
+    if donate:
+      x.delete()
+    return y
+
+  return jax.tree.map(move, tree)
 
 
 def shard_batch(tree: Any, layout: Layout) -> Any:

@@ -36,8 +36,9 @@ from stepsearch.rl import rewards as rewards_lib
 
 # What may differ between the runs of one workdir.
 _MAY_CHANGE = (
-    'checkpoint', 'tensorboard', 'compilation_cache', 'retriever.url',
-    'retriever.timeout', 'retriever.retries', 'retriever.give_up')
+    'checkpoint', 'tensorboard', 'compilation_cache', 'offload',
+    'retriever.url', 'retriever.timeout', 'retriever.retries',
+    'retriever.give_up')
 
 
 def train(

@@ -23,6 +23,7 @@ def get_config(arg=''):
   config.mesh = (-1, 1, 1)
   config.betas = (0.9, 0.95)
   config.names = ('musique', 'hotpotqa')
+  config.skipped = ()
   config.rl = dict(
       clip_eps=0.2, kl_coef=1e-3, whiten=True, algorithm='ppo', epochs=1)
   for variant in filter(None, arg.split(',')):
@@ -47,11 +48,13 @@ def _path(tmp_path):
 def test_overrides_are_parsed_by_the_type_of_their_leaf(path):
   config = config_lib.load(path + ':sparse', [
       'seed=3', 'tokenizer=some/dir', 'limit=12', 'mesh=2,2,2',
-      'betas=(0, 1)', 'names=bamboogle', 'rl.clip_eps=1', 'rl.whiten=False',
-      'rl.algorithm=a=b', 'rl.clip_eps=0.3'])
+      'betas=(0, 1)', 'names=bamboogle', 'skipped=nq,triviaqa',
+      'rl.clip_eps=1', 'rl.whiten=False', 'rl.algorithm=a=b',
+      'rl.clip_eps=0.3'])
   assert config.to_dict() == {
       'seed': 3, 'tokenizer': 'some/dir', 'limit': 12, 'mesh': (2, 2, 2),
       'betas': (0.0, 1.0), 'names': ('bamboogle',), 'steps': 4,
+      'skipped': ('nq', 'triviaqa'),
       'rl': {'clip_eps': 0.3, 'kl_coef': 1e-3, 'whiten': False,
              'algorithm': 'a=b', 'epochs': 2}}
   assert isinstance(config.betas[0], float)

@@ -346,6 +346,47 @@ def test_eight_devices_are_one(
   assert all(jax.tree.leaves(placed)), placed
 
 
+# ── What lies in host memory ─────────────────────────────────────────────────
+
+
+def kinds(tree):
+  return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+
+
+def test_offloading_changes_where_arrays_lie_and_no_bit(
+    model, params, other, trajectory, rewards):
+  config = dataclasses.replace(PLAIN, optimizer='adamw', microbatch_size=16)
+  layout = sharding.Layout(
+      sharding.make_mesh((2, 2, 2), jax.devices()[:8]))
+  rows = sharding.shard_batch((trajectory, rewards), layout)
+  found = []
+  for offload in ((), learner_lib.OFFLOADS):
+    one = learner_lib.Learner(model, config, layout, B, STEPS, offload)
+    state, reference = one.start(params), one.freeze(other)
+    for step in range(2):
+      batch, targets = one.make_batch(state, reference, *rows)
+      old = state
+      state, metrics = one.update(state, batch, jax.random.key(step))
+      assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    host = {sharding.HOST if offload else 'device'}
+    assert kinds(reference) == host
+    assert kinds((state.actor.opt_state, state.critic.opt_state)) == host
+    assert kinds((state.actor.params, state.critic.params)) == {'device'}
+    assert one._update._cache_size() == one._make_batch._cache_size() == 1
+    found.append(jax.device_get((state, batch, targets, metrics)))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_what_cannot_be_offloaded_is_refused(model, layout, monkeypatch):
+  make_one = lambda *offload: learner_lib.Learner(
+      model, PLAIN, layout, B, STEPS, offload)
+  with pytest.raises(ValueError, match=r"offload = \('critic',\): what can"):
+    make_one('critic')
+  monkeypatch.setattr(sharding, 'HOST', 'elsewhere')
+  with pytest.raises(ValueError, match='cpu backend offer no elsewhere'):
+    make_one('optimizer')
+
+
 # ── States and sizes ─────────────────────────────────────────────────────────
 
 

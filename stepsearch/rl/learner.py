@@ -10,6 +10,7 @@ to the frozen reference. One compiled function each; `update` donates its state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -33,6 +34,9 @@ Metrics = dict[str, jax.Array]
 COEFFICIENTS = (
     'gamma', 'gae_lambda', 'clip_eps', 'value_clip', 'kl_coef', 'entropy_coef',
     'whiten_floor', 'temperature', 'actor_lr', 'critic_lr')
+# What may lie in host memory while it is not needed: both optimizer states,
+# except in `update`, and the reference, except in `make_batch`.
+OFFLOADS = ('optimizer', 'reference')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +100,13 @@ class Learner:
   Attributes:
     make_batch: (state, reference, trajectory, rewards) -> (Batch, metrics).
     update: (state, batch, key) -> (TrainState, metrics); donates `state`.
-    shardings: a `TrainState` of `NamedSharding`s.
+    shardings: a `TrainState` of `NamedSharding`s: where a state lies between
+      calls, in host memory for what is offloaded.
   """
 
   def __init__(
       self, model: qwen.Config, config: Config, layout: sharding.Layout,
-      batch_size: int, num_steps: int,
+      batch_size: int, num_steps: int, offload: Sequence[str] = (),
   ):
     """Checks the sizes; compiles nothing yet.
 
@@ -111,11 +116,13 @@ class Learner:
       layout: of the update.
       batch_size: episodes a step, over all devices.
       num_steps: learner steps of the whole run; warm-up shares refer to it.
+      offload: out of `OFFLOADS`.
 
     Raises:
-      ValueError: sizes that do not divide; an unknown option.
+      ValueError: sizes that do not divide; an unknown option; devices without
+        host memory.
     """
-    _check(config, layout, batch_size)
+    _check(config, layout, batch_size, offload)
     self.config = config
     self.layout = layout
     self._model = model
@@ -135,39 +142,45 @@ class Learner:
         for share in (config.actor_warmup, config.critic_warmup))
 
     everywhere, rows = layout.replicated, layout.rows
-    self.shardings = self._state_shardings()
+    self._working = self._state_shardings()
+    self.shardings, self._resting = self._working, self._working.actor.params
+    if 'optimizer' in offload:
+      self.shardings = self._working.replace(
+          actor=_rest(self._working.actor), critic=_rest(self._working.critic))
+    if 'reference' in offload:
+      self._resting = sharding.on_host(self._resting)
     self._init = jax.jit(
         lambda key: self._fresh(qwen.init(model, key)),
-        out_shardings=self.shardings)
+        out_shardings=self._working)
     # Copied: what jit passes through would share the caller's buffers, and
     # `update` donates them.
     self._freeze = jax.jit(
         lambda actor: qwen.compact(
             model, jax.tree.map(jnp.copy, actor)),
-        out_shardings=self.shardings.actor.params)
+        out_shardings=self._working.actor.params)
     self._start = jax.jit(
         lambda actor: self._fresh(jax.tree.map(jnp.copy, actor)),
-        out_shardings=self.shardings)
+        out_shardings=self._working)
     self._make_batch = jax.jit(
         self._targets, out_shardings=(rows, everywhere))
     self._update = jax.jit(
         self._ppo, donate_argnums=(0,),
-        out_shardings=(self.shardings, everywhere))
+        out_shardings=(self._working, everywhere))
     self._lengths = jax.jit(
         lambda mask: jnp.sum(mask, axis=-1).astype(jnp.int32),
         out_shardings=everywhere)
 
   def init(self, key: jax.Array) -> TrainState:
     """Step 0 of a random actor; the critic shares its trunk, head zero."""
-    return self._init(key)
+    return jax.device_put(self._init(key), self.shardings)
 
   def start(self, actor: Params) -> TrainState:
     """Step 0 of given actor parameters, with fresh critic and optimizers."""
-    return self._start(actor)
+    return jax.device_put(self._start(actor), self.shardings)
 
   def freeze(self, actor: Params) -> Params:
     """A copy as the reference: in the computation's dtype."""
-    return self._freeze(actor)
+    return jax.device_put(self._freeze(actor), self._resting)
 
   def make_batch(
       self, state: TrainState, reference: Params,
@@ -193,8 +206,9 @@ class Learner:
           np.asarray(self._lengths(trajectory.token_mask)), range(size), width,
           self.config.microbatch_size, self._minibatches * self._microbatches)
     return self._make_batch(
-        state.actor.params, state.critic.params, reference, trajectory,
-        rewards, plan, self._coefficients)
+        state.actor.params, state.critic.params,
+        sharding.on_device(reference), trajectory, rewards, plan,
+        self._coefficients)
 
   def update(
       self, state: TrainState, batch: types.Batch, key: jax.Array
@@ -217,7 +231,10 @@ class Learner:
                   self.config.microbatch_size, self._microbatches)
               for i in range(self._minibatches)))
           for order in np.asarray(self._orders(key, size))))
-    return self._update(state, batch, key, plans, self._coefficients)
+    state, metrics = self._update(
+        sharding.on_device(state, donate=True), batch, key, plans,
+        self._coefficients)
+    return jax.device_put(state, self.shardings), metrics
 
   # -- states ----------------------------------------------------------------
 
@@ -405,6 +422,11 @@ class Learner:
     return TrainState(state.step + 1, actor, critic), metrics
 
 
+def _rest(model):
+  """Shardings of a `ModelState` whose optimizer is not needed."""
+  return model.replace(opt_state=sharding.on_host(model.opt_state))
+
+
 def _piece(pieces, i):
   return jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), pieces)
@@ -438,7 +460,7 @@ def _sum(function, pieces, passes):
           jnp.add, total, function(_piece(pieces, i))), zeros)
 
 
-def _check(config, layout, batch_size):
+def _check(config, layout, batch_size, offload):
   for field, value, of, size in (
       ('minibatch_size', config.minibatch_size, 'config.batch_size',
        batch_size),
@@ -463,3 +485,12 @@ def _check(config, layout, batch_size):
           f'config.ppo.{field} = {value!r}: choose one of {options}.')
   if config.epochs < 1:
     raise ValueError(f'config.ppo.epochs = {config.epochs}: at least 1.')
+  if not set(offload) <= set(OFFLOADS):
+    raise ValueError(
+        f'config.offload = {tuple(offload)!r}: what can lie in host memory is '
+        f'{" and ".join(OFFLOADS)}.')
+  if offload and not sharding.has_host_memory(layout):
+    raise ValueError(
+        f'config.offload = {tuple(offload)!r}: the devices of this '
+        f'{layout.platform} backend offer no {sharding.HOST} memory; leave it '
+        'out.')
