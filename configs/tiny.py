@@ -57,3 +57,10 @@ def get_config(arg=''):
       config_lib.unknown_variant(name, list(VARIANTS))
     VARIANTS[name](config)
   return config
+
+
+def sweep():
+  """Step-wise rewards against the answer's alone, three seeds each."""
+  return [
+      dict(algorithm=algorithm, seed=seed)
+      for seed in range(3) for algorithm in ('steppo', 'ppo')]

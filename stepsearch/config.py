@@ -24,6 +24,7 @@ import linecache
 import pathlib
 import re
 import sys
+import types
 from typing import Any, NoReturn
 
 from absl import app
@@ -63,6 +64,23 @@ def load(
   Raises:
     ValueError: no such file or variant, unknown leaf, value of another type.
   """
+  module, arg = load_file(path_with_arg)
+  try:
+    config = module.get_config(arg)
+  except ValueError as error:
+    raise ValueError(f'--config={path_with_arg}: {error}') from error
+  for override in overrides:
+    name, _, text = override.partition('=')
+    _override(config, name, text)
+  return config.lock()
+
+
+def load_file(path_with_arg: str) -> tuple[types.ModuleType, str]:
+  """The module of a config file `PATH.py[:arg]`, and the arg.
+
+  Raises:
+    ValueError: there is no such file, or it defines no `get_config`.
+  """
   match = re.fullmatch(r'(.+?\.py)(?::(.*))?', path_with_arg)
   path = pathlib.Path(match.group(1) if match else path_with_arg)
   if not match or not path.is_file():
@@ -78,14 +96,7 @@ def load(
     raise ValueError(
         f"--config={path_with_arg}: {path} defines no get_config(arg=''), "
         'which has to return a ConfigDict.')
-  try:
-    config = module.get_config(match.group(2) or '')
-  except ValueError as error:
-    raise ValueError(f'--config={path_with_arg}: {error}') from error
-  for override in overrides:
-    name, _, text = override.partition('=')
-    _override(config, name, text)
-  return config.lock()
+  return module, match.group(2) or ''
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

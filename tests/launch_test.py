@@ -1,4 +1,4 @@
-"""launch: gcloud's command lines, and a cloud of folders."""
+"""launch: gcloud's command lines, a cloud of folders, sweeps that run."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from launch import gcloud
+from launch import xm_launch
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TPU = (
@@ -434,3 +435,141 @@ def test_what_a_person_ends_is_not_kept_alive(cloud):
   cloud('run', *_RUN, '--workdir=gs://bucket/other')
   done = cloud('run', *_RUN, '--keep_alive')
   assert done.returncode == 1 and 'busy with gs://bucket/other' in done.stderr
+
+
+# -- experiments ---------------------------------------------------------------
+
+_CONFIG = '''
+from ml_collections import ConfigDict
+def get_config(arg=''):
+  return ConfigDict(dict(
+      seed=0, rate=0.1, ok=True, shape=(1, 2), name='x', steps=3))
+'''
+# Stands for stepsearch.train: says what it was given, fails for seed 1.
+_STUB = '''
+import json, pathlib, sys
+given = dict(x.lstrip('-').split('=', 1) for x in sys.argv[1:])
+print('given', json.dumps(given))
+if given['config.seed'] == '1':
+  sys.exit('error: seed 1 is unlucky')
+workdir = pathlib.Path(given['workdir'])
+workdir.mkdir(parents=True, exist_ok=True)
+(workdir / 'eval.json').write_text(json.dumps(
+    {w: {'greedy': {'em': x}} for w, x in (('before', .25), ('after', .5))}))
+'''
+
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+  """A repository whose trainer is a stub; writes a config with a sweep."""
+  for name in ('launch', 'stepsearch'):
+    shutil.copytree(
+        _ROOT / name, tmp_path / name,
+        ignore=shutil.ignore_patterns('__pycache__'))
+  (tmp_path / 'stepsearch/train.py').write_text(_STUB)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))  # xmanager writes to ~/.xmanager
+
+  def launch(sweep, *arguments, without=()):
+    (tmp_path / 'config.py').write_text(
+        _CONFIG + (f'def sweep():\n  return {sweep}\n' if sweep else ''))
+    hide = ''.join(f'sys.modules[{name!r}] = None; ' for name in without)
+    return subprocess.run(
+        [sys.executable, '-c', f'import sys; {hide}'
+         'from launch import xm_launch; xm_launch.main(sys.argv[1:])',
+         '--config=config.py', '--workdir=out', *arguments],
+        capture_output=True, text=True, timeout=120)
+
+  return launch
+
+
+def _given(path):
+  return json.loads(path.read_text().partition('given ')[2].splitlines()[0])
+
+
+@pytest.mark.parametrize('runner', ['processes', 'xmanager'])
+def test_a_sweep_runs_and_a_failure_stops_nothing_else(
+    experiments, tmp_path, runner):
+  if runner == 'xmanager':
+    pytest.importorskip(
+        'xmanager',
+        reason='xmanager (launch/requirements-xmanager.txt) is not installed')
+  done = experiments(
+      "[dict(seed=s, name='a $b') for s in (0, 1, 2)]", '--config.steps=7',
+      '--parallel=2', without=['xmanager'] if runner == 'processes' else [])
+  assert done.returncode == 1, done.stderr
+  assert f'3 jobs, 2 at a time, by {runner}' in done.stdout
+  for seed in (0, 2):
+    name = f'seed={seed},name=a_b'
+    assert _given(tmp_path / f'out/{name}.log') == {
+        'config': 'config.py', 'workdir': f'out/{name}', 'config.steps': '7',
+        'config.seed': str(seed), 'config.name': 'a $b'}
+    assert f'{name}: done in 0:0' in done.stdout
+  assert done.stdout.count('EM 0.250 to 0.500') == 2
+  failed = 'seed=1,name=a_b'
+  assert f'[2/3] {failed}: FAILED' in done.stdout
+  command = shlex.join([
+      sys.executable, '-m', 'stepsearch.train', '--config=config.py',
+      f'--workdir=out/{failed}', '--config.steps=7', '--config.seed=1',
+      '--config.name=a $b'])
+  assert f'  command: {command}\n' in done.stdout
+  assert '    error: seed 1 is unlucky\n' in done.stdout
+  assert f'1 of 3 jobs failed: {failed}' in done.stderr
+  assert f'out/{failed}.log' in done.stdout
+
+
+def test_a_config_without_a_sweep_is_one_job(experiments, tmp_path):
+  done = experiments('', '--config.seed=4', without=['xmanager'])
+  assert done.returncode == 0, done.stderr
+  assert _given(tmp_path / 'out/train.log')['workdir'] == 'out'
+
+
+def test_values_arrive_with_their_types(experiments):
+  done = experiments(
+      "(dict(rate=1e-7, ok=False, shape=(4, 5), name='') for _ in '1')",
+      '--dry_run')
+  assert shlex.split(done.stdout)[3:] == [
+      '--config=config.py',
+      '--workdir=out/rate=1e-07,ok=false,shape=_4,_5_,name=',
+      '--config.rate=1e-07', '--config.ok=false', '--config.shape=(4, 5)',
+      '--config.name=']
+
+
+@pytest.mark.parametrize('sweep, arguments, said', [
+    ('[dict(sed=1)]', (), 'no such field; did you mean config.seed?'),
+    ("[dict(seed='x')]", (), '--config.seed=x: an integer is expected'),
+    ('[1]', (), "has to return one or more dicts such as {'seed': 1}, not [1]"),
+    ('[]', (), 'has to return one or more dicts'),
+    ("[dict(name='a/b'), dict(name='a?b')]", (), '2 points that are called '
+     'name=a_b'),
+    ('[dict(seed=1)]', ('--config.seed=2',), '--config.seed is what sweep()'),
+    ('[dict(seed=1)]', ('--config.steps=x',), '--config.steps=x: an integer'),
+    ('[dict(seed=1)]', ('--spot',), 'the local executor knows no --spot'),
+    ('[dict(seed=1)]', ('--executor=tpu_vm',), '--zone is missing'),
+    ('[dict(seed=1)]', ('--executor=tpu_vm', *_TPU[1:]), 'share no disk'),
+])
+def test_an_experiment_that_cannot_work_starts_nothing(
+    experiments, tmp_path, sweep, arguments, said):
+  done = experiments(sweep, *arguments)
+  assert done.returncode == 1 and said in done.stderr
+  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_tpu_executor_says_what_tpu_vm_says():
+  done = subprocess.run(
+      [sys.executable, '-m', 'launch.xm_launch', '--executor=tpu_vm',
+       '--config=configs/tiny.py', '--workdir=gs://bucket/sweep',
+       '--config.num_steps=2', '--dry_run', *_TPU[1:], '--spot'],
+      cwd=_ROOT, capture_output=True, text=True, check=True)
+  expected = []
+  for i, point in enumerate(xm_launch.read_sweep(
+      str(_ROOT / 'configs/tiny.py'))):
+    name = ','.join(f'{leaf}={value}' for leaf, value in point.items())
+    expected += _dry(
+        'run', *_TPU, f'--name=tiny-{i}', '--keep_alive', '--spot',
+        '--config=configs/tiny.py', f'--workdir=gs://bucket/sweep/{name}',
+        '--config.num_steps=2',
+        *(f'--config.{leaf}={value}' for leaf, value in point.items()))
+  assert done.stdout.splitlines() == expected
+  assert len(expected) == 6 * 9
