@@ -447,7 +447,7 @@ def _read(config, training):
   corpus, by_id = [], None
   if config.data.corpus:
     corpus = datasets.read_corpus(config.data.corpus)
-    by_id = {document.id: document for document in corpus}
+    by_id = corpus.by_id
   held_out = []
   for path in config.data.eval.split(','):
     path = paths.Path(path.strip())

@@ -50,7 +50,7 @@ def test_corpus_in_both_forms(tmp_path):
       {'id': 2, 'contents': 'no title'},
       '',
   )
-  assert datasets.read_corpus(path) == [
+  assert list(datasets.read_corpus(path)) == [
       Document('0', 'Café', 'One\ntwo'),
       Document('b', 'A "quoted" title', 'Text\nmore'),
       Document('2', '', 'no title'),
@@ -210,7 +210,7 @@ def test_real_files(name, passages, questions):
   folder = _SHARED / name
   if not folder.exists():
     pytest.skip('the real data sets are not beside this checkout')
-  corpus = {d.id: d for d in datasets.read_corpus(folder / 'corpus.jsonl')}
+  corpus = datasets.read_corpus(folder / 'corpus.jsonl').by_id
   examples = datasets.read_questions(folder / 'questions.jsonl', corpus)
   assert (len(corpus), len(examples)) == (passages, questions)
   if name == 'musique':

@@ -387,7 +387,7 @@ def test_saved_index_is_loaded_not_built(tmp_path, monkeypatch):
       retriever.load(directory),
   ):
     assert again.search(queries, 3) == first.search(queries, 3)
-    assert again.documents == first.documents
+    assert list(again.documents) == first.documents == _DOCUMENTS
   assert not list(directory.glob('*.pkl'))
 
 
@@ -412,7 +412,7 @@ def test_index_of_something_else_is_refused(tmp_path):
   replaced = retriever.build(
       changed, dimensions=32, directory=directory, replace=True
   )
-  assert retriever.load(directory).documents == replaced.documents
+  assert list(retriever.load(directory).documents) == replaced.documents
 
 
 def test_damaged_and_absent_indexes(tmp_path):

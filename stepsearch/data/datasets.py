@@ -15,7 +15,9 @@ line and field. Ids may be numbers and become text.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
+import dataclasses
 import json
 import os
 import re
@@ -29,30 +31,31 @@ _REFERENCE = re.compile(r'#(\d+)')
 _REQUIRED = object()
 
 
-def read_corpus(path: str | os.PathLike[str]) -> list[Document]:
-  """Reads the passages of a corpus, in the file's order.
+def read_corpus(path: str | os.PathLike[str]) -> passages.Passages:
+  """Checks the passages of a corpus and maps them, in the file's order.
 
   Raises:
     ValueError: no passages, a malformed row, or an id that occurs twice.
   """
-  documents = []
-  line_of: dict[str, int] = {}
+  starts, hashes = array.array('q'), array.array('q')
   for row in _rows(path):
-    document_id = row.id()
-    if document_id in line_of:
-      raise ValueError(
-          f'{path}: the id "{document_id}" is on line {line_of[document_id]}'
-          f' and again on line {row.line}; ids must be unique.'
-      )
-    line_of[document_id] = row.line
+    starts.append(row.start)
+    hashes.append(hash(row.id()))
     if 'contents' in row and 'text' not in row:
-      document = passages.from_contents(document_id, row.text('contents'))
+      row.text('contents')
     else:
-      document = Document(
-          document_id, row.text('title', blank=True), row.text('text'))
-    documents.append(document)
-  if not documents:
+      row.text('title', blank=True)
+      row.text('text')
+  if not starts:
     raise ValueError(f'{path} holds no documents.')
+  documents = passages.Passages(passages.mapped(path), starts, hashes)
+  twice = documents.repeated()
+  if twice:
+    first, again = twice
+    raise ValueError(
+        f'{path}: the id "{documents[first].id}" is on line {first + 1} and'
+        f' again on line {again + 1}; ids must be unique.'
+    )
   return documents
 
 
@@ -78,17 +81,19 @@ def read_questions(
     ValueError: no questions, a malformed row, or a gold id that the corpus
       does not hold.
   """
-  by_text = {}
-  if corpus is not None:
-    by_text = {(d.title, d.text): d for d in corpus.values()}
-  examples = []
+  examples, released = [], []
   for row in _rows(path):
     if 'final_answer' in row:
-      examples.append(_released(row, by_text, dataset))
+      released.append(len(examples))
+      examples.append(_released(row, dataset))
     else:
       examples.append(_derived(row, corpus, dataset))
   if not examples:
     raise ValueError(f'{path} holds no questions.')
+  if released and corpus is not None:
+    known = _known([examples[i] for i in released], corpus)
+    for i, example in zip(released, known):
+      examples[i] = example
   return examples
 
 
@@ -167,9 +172,23 @@ def _derived(
   )
 
 
-def _released(
-    row: _Row, by_text: Mapping[tuple[str, str], Document], dataset: str
-) -> Example:
+def _known(
+    examples: Sequence[Example], corpus: Mapping[str, Document]
+) -> list[Example]:
+  """Puts the corpus' own document wherever one has its title and text.
+
+  In one pass, for a large corpus has no room for a table of all its texts.
+  """
+  texts = {(d.title, d.text) for e in examples for d in e.gold_documents}
+  found = {
+      key: d for d in corpus.values() if (key := (d.title, d.text)) in texts}
+  return [
+      dataclasses.replace(example, gold_documents=tuple(
+          found.get((d.title, d.text), d) for d in example.gold_documents))
+      for example in examples]
+
+
+def _released(row: _Row, dataset: str) -> Example:
   example_id = row.id() if 'id' in row else str(row.line)
   aliases = row.texts('answer_aliases', empty=True)
   answers = dict.fromkeys((row.text('final_answer'), *aliases))
@@ -177,10 +196,7 @@ def _released(
   for i, item in enumerate(row.list('sub_support_docs')):
     part = _Row(row.path, row.line, item, f'sub_support_docs[{i}]')
     title, text = part.text('title', blank=True), part.text('paragraph_text')
-    documents.append(
-        by_text.get((title, text))
-        or Document(f'{example_id}/{i}', title, text)
-    )
+    documents.append(Document(f'{example_id}/{i}', title, text))
   keys = tuple(
       row.texts(f'sub_searchs[{i}]', value=item)
       for i, item in enumerate(row.list('sub_searchs'))
@@ -209,9 +225,12 @@ def _fill(question: str, answers: Sequence[str]) -> str:
 class _Row:
   """One object of a file, with accessors that say where a fault is."""
 
-  def __init__(self, path, line: int, values: Any, within: str = ''):
+  def __init__(
+      self, path, line: int, values: Any, within: str = '', start: int = 0
+  ):
     self.path = path
     self.line = line
+    self.start = start  # its first byte in the file
     self._within = within
     if not isinstance(values, dict):
       raise ValueError(
@@ -284,7 +303,7 @@ class _Row:
 
 def _rows(path: str | os.PathLike[str]) -> Iterator[_Row]:
   """Yields the rows of a file; empty lines may only stand at its end."""
-  empty = 0
+  empty = start = 0
   try:
     file = open(path, 'rb')
   except OSError as error:
@@ -306,7 +325,8 @@ def _rows(path: str | os.PathLike[str]) -> Iterator[_Row]:
             f'{path}, line {line}: it is not JSON ({error}); every line must'
             ' hold one JSON object.'
         ) from None
-      yield _Row(path, line, values)
+      yield _Row(path, line, values, start=start)
+      start += len(content)
 
 
 def _kind(value: Any) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stepsearch import passages
 from stepsearch.retrieval import embed as embedding
 from stepsearch.retrieval import index as indexing
 from stepsearch.types import Document
@@ -69,7 +70,7 @@ class Retriever:
           f' {index.vectors.shape[1]} dimensions, but there are {shape[0]}'
           f' documents and the embedder has {shape[1]} dimensions.'
       )
-    self.documents = tuple(documents)
+    self.documents = documents
     self.embedder = embedder
     self.index = index
     self.corpus = corpus
@@ -139,14 +140,7 @@ class Retriever:
       ValueError: the folder holds something that is not an index.
     """
     with indexing.new_directory(directory, replace=replace) as folder:
-      with (folder / _CORPUS).open('w', encoding='utf-8') as file:
-        for document in self.documents:
-          row = {
-              'id': document.id,
-              'title': document.title,
-              'text': document.text,
-          }
-          file.write(json.dumps(row, ensure_ascii=False) + '\n')
+      passages.write(folder / _CORPUS, self.documents)
       if isinstance(self.embedder, embedding.LexicalEmbedder):
         self.embedder.save(folder)
       self.index.save(folder, self.fingerprints)
@@ -252,8 +246,7 @@ def load(
   loaded = indexing.load(directory, expected, backend=index)
   if documents is None:
     corpus, shard = loaded.fingerprints['corpus'], (0, 1)
-    with (directory / _CORPUS).open(encoding='utf-8') as file:
-      documents = [Document(**json.loads(line)) for line in file]
+    documents = passages.read(directory / _CORPUS)
   if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
     try:
       embedder = embedding.LexicalEmbedder.load(directory)
