@@ -514,7 +514,7 @@ def _retriever(config, corpus, workdir, say, gold=()):
   shard = (0, 1)
   if c.placement == 'sharded' and jax.process_count() > 1:
     shard = jax.process_index(), jax.process_count()
-    directory = os.path.join(directory, f'shard-{shard[0]:05}-of-{shard[1]:05}')
+  directory = retriever_lib.shard_directory(directory, shard)
   embedder = c.embedder
   if embedder != 'lexical':
     try:

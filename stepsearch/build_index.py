@@ -5,11 +5,17 @@
 Training and evaluation load DIR and refuse it for another corpus or other
 embedder settings (embedder, dimensions and prefixes of config.retriever).
 Building ends with a comparison of the index against exact search, on titles of
-the corpus as queries.
+the corpus as queries. --shard=3/16 builds DIR/shard-00003-of-00016, what
+process 3 of 16 loads with config.retriever.placement=sharded.
+
+    python -m stepsearch.build_index --estimate=21015324x768
+
+prints what an index of so many passages and coordinates would take.
 """
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -18,6 +24,7 @@ from stepsearch import config as config_lib
 from stepsearch.data import datasets
 from stepsearch.retrieval import embed
 from stepsearch.retrieval import index as indexing
+from stepsearch.retrieval import memory
 from stepsearch.retrieval import retriever as retrieval
 
 _SAMPLE = 200
@@ -33,6 +40,7 @@ def run(
     passage_prefix: str | None = None,
     dimensions: int,
     index: str,
+    shard: tuple[int, int] = (0, 1),
     **parameters,
 ):
   """Builds and saves an index, replacing one that is at `output`.
@@ -45,12 +53,14 @@ def run(
     passage_prefix: of the encoder, as of `encoders.load`.
     dimensions: of the lexical embedder.
     index: backend, as of `retrieval.index.build`.
+    shard: (p, P): build the p-th of P shards, in a folder in `output`.
     **parameters: of `retrieval.index.build`.
 
   Returns:
     The share of exact search's ten nearest that the index finds.
   """
   start = time.monotonic()
+  output = retrieval.shard_directory(output, shard)
   documents = datasets.read_corpus(corpus)
   print(f'{len(documents)} documents in {corpus}', flush=True)
   made = _embedder(embedder, query_prefix, passage_prefix, dimensions)
@@ -75,6 +85,7 @@ def run(
       index=index,
       directory=output,
       replace=True,
+      shard=shard,
       progress=progress,
       **parameters,
   )
@@ -127,15 +138,41 @@ def _recall(built: retrieval.Retriever) -> float:
   )
 
 
+def _main(estimate: str | None, shard: str, **arguments):
+  if estimate is not None:
+    match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', estimate)
+    if match is None:
+      raise ValueError(
+          f'--estimate={estimate}: PASSAGESxDIMENSIONS is expected, such as'
+          ' 21015324x768.'
+      )
+    print(memory.table(int(match[1]), int(match[2])))
+    return
+  for name in ('corpus', 'output'):
+    if not arguments[name]:
+      raise ValueError(f'--{name} is missing: both --corpus and --output are'
+                       ' needed, or --estimate alone.')
+  match = re.fullmatch(r'(\d+)/([1-9]\d*)', shard)
+  if match is None or int(match[1]) >= int(match[2]):
+    raise ValueError(
+        f'--shard={shard}: p/P is expected, shard p of P, counted from 0.'
+    )
+  run(shard=(int(match[1]), int(match[2])), **arguments)
+
+
 if __name__ == '__main__':
   from absl import flags
 
-  _CORPUS = flags.DEFINE_string(
-      'corpus', None, 'Corpus, JSON lines.', required=True
-  )
+  _CORPUS = flags.DEFINE_string('corpus', None, 'Corpus, JSON lines.')
   _OUTPUT = flags.DEFINE_string(
-      'output', None, 'Folder to write; an index in it is replaced.',
-      required=True,
+      'output', None, 'Folder to write; an index in it is replaced.'
+  )
+  _SHARD = flags.DEFINE_string(
+      'shard', '0/1', 'p/P: build shard p of P only, counted from 0.'
+  )
+  _ESTIMATE = flags.DEFINE_string(
+      'estimate', None,
+      'PASSAGESxDIMENSIONS: print what an index would take, and stop.',
   )
   _EMBEDDER = flags.DEFINE_string(
       'embedder', 'lexical', "'lexical', or the folder of an encoder."
@@ -164,11 +201,17 @@ if __name__ == '__main__':
   _REORDER = flags.DEFINE_integer(
       'reorder', 300, 'Candidates scored again with the vectors themselves.'
   )
+  _REORDER_DTYPE = flags.DEFINE_enum(
+      'reorder_dtype', 'float32', indexing.REORDER_DTYPES,
+      'Of the copy of the vectors that they are scored with.'
+  )
 
   config_lib.main(
-      lambda: run(
-          _CORPUS.value,
-          _OUTPUT.value,
+      lambda: _main(
+          _ESTIMATE.value,
+          _SHARD.value,
+          corpus=_CORPUS.value,
+          output=_OUTPUT.value,
           embedder=_EMBEDDER.value,
           query_prefix=_QUERY_PREFIX.value,
           passage_prefix=_PASSAGE_PREFIX.value,
@@ -178,6 +221,7 @@ if __name__ == '__main__':
           tree_above=_TREE_ABOVE.value,
           leaves_to_search=_LEAVES.value,
           reorder=_REORDER.value,
+          reorder_dtype=_REORDER_DTYPE.value,
       ),
       takes_config=False,
   )

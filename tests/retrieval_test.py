@@ -215,13 +215,16 @@ def test_every_k_up_to_the_size(backend):
       built.search(vectors, k)
 
 
-@pytest.mark.parametrize('tree_above, regime', [(9999, 'hashed'), (0, 'tree')])
-def test_approximate_search_round_trip(tmp_path, tree_above, regime):
+@pytest.mark.parametrize('tree_above, regime, dtype', [
+    (9999, 'hashed', 'float32'), (0, 'tree', 'float32'),
+    (9999, 'hashed', 'int8'), (0, 'tree', 'bfloat16')])
+def test_approximate_search_round_trip(tmp_path, tree_above, regime, dtype):
   _need_scann()
   vectors = _unit(2000, 16)
   queries = _unit(40, 16, seed=3)
   built = index.build(
-      vectors, exact_below=100, tree_above=tree_above, leaves_to_search=20
+      vectors, exact_below=100, tree_above=tree_above, leaves_to_search=20,
+      reorder_dtype=dtype,
   )
   assert built.approximate and built.parameters['regime'] == regime
   if regime == 'tree':
@@ -256,6 +259,8 @@ def test_a_tree_returns_k_even_when_few_leaves_are_searched():
 def test_backend_errors():
   with pytest.raises(ValueError, match="'faiss' is unknown.*auto, scann"):
     index.build(_unit(3, 4), backend='faiss')
+  with pytest.raises(ValueError, match="'int4' is unknown.*float32, bfloat16"):
+    index.build(_unit(3, 4), reorder_dtype='int4')
   with pytest.raises(ValueError, match='at least one vector'):
     index.build(np.zeros([0, 4], np.float32))
 

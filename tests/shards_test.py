@@ -10,6 +10,8 @@ import pytest
 
 from configs import default
 from stepsearch import assembly
+from stepsearch import build_index
+from stepsearch import passages
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import shards
@@ -233,6 +235,23 @@ def test_processes_that_do_not_fit_together():
 def test_one_process_searches_alone():
   engine = _Engine()
   assert shards.distribute(engine, None, 0, 1) is engine
+
+
+def test_build_index_makes_the_shards_of_a_run(tmp_path, monkeypatch, capsys):
+  passages.write(tmp_path / 'corpus.jsonl', _CORPUS)
+  recall = build_index.run(
+      str(tmp_path / 'corpus.jsonl'), str(tmp_path / 'index'), dimensions=32,
+      index='exact', shard=(1, 2))
+  assert recall == 1.0 and 'shard-00001-of-00002' in capsys.readouterr().out
+  monkeypatch.setattr(indexing, 'build', None)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  config = default.get_config()
+  config.retriever.update(dict(
+      dimensions=32, index='exact', directory=str(tmp_path / 'index'),
+      placement='sharded'))
+  engine = assembly._retriever(config, _CORPUS, tmp_path, lambda _: None)
+  assert (len(engine), engine.shard) == (len(_CORPUS) // 2, (1, 2))
 
 
 def test_the_config_says_where_the_index_is(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 BACKENDS = ('auto', 'scann', 'exact')
+REORDER_DTYPES = ('float32', 'bfloat16', 'int8')
 _METADATA = 'index.json'
 _VECTORS = 'dataset.npy'  # the name that ScaNN gives it
 _ASSETS = 'scann_assets.pbtxt'
@@ -148,7 +149,8 @@ class Index:
     """
     if self._searcher is not None:
       self._searcher.serialize(str(directory), relative_path=True)
-    else:
+    # ScaNN writes them only where they are what it scores with.
+    if not (directory / _VECTORS).exists():
       np.save(directory / _VECTORS, self.vectors)
     metadata = {
         'format': _FORMAT,
@@ -183,6 +185,7 @@ def build(
     dimensions_per_block: int = 2,
     anisotropic_threshold: float = 0.2,
     reorder: int = 300,
+    reorder_dtype: str = 'float32',
 ) -> Index:
   """Indexes vectors.
 
@@ -203,6 +206,8 @@ def build(
     reorder: candidates scored again with the vectors themselves (100 do for
       encoders, lexical vectors want more); a search for k > reorder neighbours
       uses k.
+    reorder_dtype: of the copy of the vectors that they are scored with, one of
+      `REORDER_DTYPES`; what it saves is in `retrieval.memory`.
 
   Returns:
     The index. Its `parameters` hold what was chosen.
@@ -216,6 +221,11 @@ def build(
     raise ValueError(
         'An index needs at least one vector, as [n, d], but got an array of'
         f' shape {list(vectors.shape)}.'
+    )
+  if reorder_dtype not in REORDER_DTYPES:
+    raise ValueError(
+        f"reorder_dtype = '{reorder_dtype}' is unknown: use one of"
+        f' {", ".join(REORDER_DTYPES)}.'
     )
   scann = _scann(backend)
   size, dimensions = vectors.shape
@@ -231,9 +241,10 @@ def build(
         'dimensions_per_block': dimensions_per_block,
         'anisotropic_threshold': anisotropic_threshold,
         'reorder': reorder,
+        'reorder_dtype': reorder_dtype,
     }
     if size > tree_above:
-      leaves = min(num_leaves or round(math.sqrt(size)), size)
+      leaves = min(num_leaves or default_leaves(size), size)
       searched = min(leaves_to_search or math.ceil(leaves / 5), leaves)
       parameters |= {
           'regime': 'tree',
@@ -248,10 +259,18 @@ def build(
     builder = builder.score_ah(
         dimensions_per_block,
         anisotropic_quantization_threshold=anisotropic_threshold,
-    ).reorder(reorder)
+    ).reorder(
+        reorder,
+        scann.scann_builder.ReorderType[reorder_dtype.upper()],
+    )
   with _quiet():
     searcher = builder.build()
   return Index(vectors, parameters, searcher)
+
+
+def default_leaves(size: int) -> int:
+  """Partitions of so many vectors."""
+  return round(math.sqrt(size))
 
 
 def load(

@@ -208,6 +208,9 @@ def build(
   )
   if directory is not None:
     built.save(directory, replace=replace)
+    # What is loaded is mapped where it is not needed; what was built held the
+    # vectors twice.
+    built.index = indexing.load(directory, built.fingerprints, backend=index)
   return built
 
 
@@ -411,6 +414,15 @@ class Patient:
 def passage_text(document: Document) -> str:
   """The text of a document that is embedded."""
   return f'{document.title}\n{document.text}'
+
+
+def shard_directory(
+    directory: str | os.PathLike[str], shard: tuple[int, int]
+) -> pathlib.Path:
+  """Where a shard lies: in a folder of the directory, or there if whole."""
+  p, count = shard
+  directory = pathlib.Path(directory)
+  return directory / f'shard-{p:05}-of-{count:05}' if count > 1 else directory
 
 
 def scored(document: Document, score: float) -> Document:
