@@ -360,6 +360,21 @@ class Learner:
         'critic/clip_fraction': total(clipped),
     }
 
+  def _improve(self, name, model, pieces, passes, count, c):
+    """One optimizer step of actor or critic on a minibatch's pieces."""
+    loss = {'actor': self._actor_loss, 'critic': self._critic_loss}[name]
+    grad = jax.grad(loss, has_aux=True)
+    grads, metrics = _sum(
+        lambda piece: grad(model.params, piece, c), pieces, passes)
+    # Whole sums of gradients would lie on every device otherwise.
+    grads = jax.lax.with_sharding_constraint(
+        grads, getattr(self.shardings, name).params)
+    rate = c[f'{name}_lr'] * jnp.minimum((count + 1) / c[f'{name}_ramp'], 1.0)
+    prefix = 'ppo' if name == 'actor' else name
+    return policy.apply_gradients(self._tx, model, grads, rate), metrics | {
+        f'{prefix}/grad_norm': optax.tree.norm(grads),
+        f'{prefix}/learning_rate': rate}
+
   def _orders(self, key, size):
     """The order [epochs, B] in which episodes are dealt to minibatches."""
     return jnp.stack([
@@ -381,24 +396,11 @@ class Learner:
         weights = losses.weights(
             batch.loss_mask * here, self.config.average)
         pieces = self._packed((batch, weights), source)
-      metrics = {}
-      new = []
-      for name, model, loss in (
-          ('actor', actor, self._actor_loss),
-          ('critic', critic, self._critic_loss)):
-        grad = jax.grad(loss, has_aux=True)
-        grads, aux = _sum(
-            lambda piece: grad(model.params, piece, c), pieces, passes)  # noqa: B023
-        # Whole sums of gradients would lie on every device otherwise.
-        grads = jax.lax.with_sharding_constraint(
-            grads, getattr(self.shardings, name).params)
-        rate = c[f'{name}_lr'] * jnp.minimum(
-            (count + 1) / c[f'{name}_ramp'], 1.0)
-        new.append(policy.apply_gradients(self._tx, model, grads, rate))
-        prefix = 'ppo' if name == 'actor' else name
-        metrics |= aux | {
-            f'{prefix}/grad_norm': optax.tree.norm(grads),
-            f'{prefix}/learning_rate': rate}
+      new, metrics = [], {}
+      for name, model in (('actor', actor), ('critic', critic)):
+        model, found = self._improve(name, model, pieces, passes, count, c)
+        new.append(model)
+        metrics |= found
       return (*new, count + 1), metrics
 
     def epoch(carry, x):
