@@ -1,6 +1,8 @@
+from concurrent import futures
 import dataclasses
 import math
 import time
+import types as py_types
 
 import jax
 import jax.numpy as jnp
@@ -589,3 +591,28 @@ def test_an_engine_s_error_and_ctrl_c_end_the_call(
       with pytest.raises(type(error)):
         collector(
             chatty, examples(16), jax.random.key(4), first_episode=100)
+
+
+@pytest.mark.parametrize('lag', [0, 3])
+def test_searches_go_one_by_one_in_order(lag):
+  """Several processes that search together have to do it in the same order."""
+  done = futures.Future()
+  done.set_result([])
+  asked, running = [], []
+
+  def search(queries, k):
+    running.append(queries)
+    time.sleep(0.002 * (len(asked) % 3))
+    assert len(running) == 1
+    running.clear()
+    asked.append((queries, k))
+    return [[] for _ in queries]
+
+  play = py_types.SimpleNamespace(
+      _c=py_types.SimpleNamespace(_search=search, _last_search=done),
+      _config=py_types.SimpleNamespace(lag=lag, k=2), _retrieval=0.0)
+  start = lambda queries: collect_lib._Play._start_search(play, queries)
+  results = [start([str(i)]) for i in range(20)]
+  assert start([]).done()  # waits for nothing
+  assert [result.result(5) for result in results] == [[[]]] * 20
+  assert asked == [([str(i)], 2) for i in range(20)]

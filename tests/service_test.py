@@ -151,6 +151,13 @@ def test_a_bad_request_is_told_why(url, body, words):
   assert status == 400 and words in answer['detail']
 
 
+def test_answers_are_bounded_too(url, monkeypatch):
+  monkeypatch.setattr(service, 'MAX_DOCUMENTS', 8)
+  assert _ask(url, {'queries': ['a'] * 4, 'topk': 2})[0] == 200
+  status, answer = _ask(url, {'queries': ['a'] * 3, 'topk': 3})
+  assert status == 400 and 'at most 8 documents' in answer['detail']
+
+
 def test_other_paths_methods_and_sizes(url, monkeypatch):
   assert _ask(url, b'', path='/search')[0] == 404
   assert _ask(url, b'', method='GET')[0] == 405

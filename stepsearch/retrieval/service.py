@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import queue
+import re
 import signal
 import threading
 import time
@@ -38,6 +39,7 @@ from stepsearch.types import Document
 
 MAX_QUERIES = 1024  # a request
 MAX_TOPK = 100
+MAX_DOCUMENTS = 32_768  # queries x topk of a request
 MAX_BYTES = 4 * 2**20  # of a request
 _TOPK = 3  # Search-R1's default
 _GATHER = 0.002  # seconds that a search waits for others to join it
@@ -202,6 +204,9 @@ def _parse(body: bytes, max_topk: int) -> tuple[list[str], int, bool]:
   if isinstance(topk, bool) or not isinstance(topk, int) or not (
       1 <= topk <= max_topk):
     refuse(f'topk = {topk!r}: a number from 1 to {max_topk} is expected')
+  if len(queries) * topk > MAX_DOCUMENTS:
+    refuse(f'{len(queries)} queries x topk = {topk}: at most {MAX_DOCUMENTS}'
+           ' documents in one answer')
   scores = values.get('return_scores', False)
   if not isinstance(scores, bool):
     refuse(f'return_scores = {scores!r}: true or false is expected')
@@ -480,5 +485,6 @@ def _beginning(body: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """urllib3 puts the object before what went wrong with it."""
-  return str(error).rpartition('>: ')[2] or repr(error)
+  """urllib3 puts the connection before what went wrong with it."""
+  return re.sub(r'^HTTPS?Connection(Pool)?\(.*?\): ', '', str(error)) or (
+      repr(error))

@@ -89,7 +89,8 @@ class Collector:
     self._tokenizer = tokenizer
     self._protocol = protocol
     self._search = search
-    self._searching = threading.Lock()
+    self._last_search = futures.Future()
+    self._last_search.set_result([])
     self._layout = layout
     self._on_tick = on_tick or (lambda: None)
     self._model = model
@@ -429,12 +430,18 @@ class _Play:
   def _start_search(self, queries) -> futures.Future:
     """Searches, in a thread where the device goes on meanwhile."""
     result = futures.Future()
+    if not queries:
+      result.set_result([])
+      return result
+    before, self._c._last_search = self._c._last_search, result
 
     def search():
-      with self._c._searching:  # one at a time, whatever the lag
-        start = time.perf_counter()
-        found = self._c._search(queries, self._config.k) if queries else []
-        self._retrieval += time.perf_counter() - start
+      # One at a time whatever the lag, and in order: several processes that
+      # search together have to do it in the same one.
+      futures.wait([before])
+      start = time.perf_counter()
+      found = self._c._search(queries, self._config.k)
+      self._retrieval += time.perf_counter() - start
       return found
 
     def apart():
@@ -443,11 +450,11 @@ class _Play:
       except BaseException as error:  # raised where it is waited for
         result.set_exception(error)
 
-    if queries and self._config.lag:
+    if self._config.lag:
       # A daemon: an engine that hangs must not keep the process alive.
       threading.Thread(target=apart, daemon=True).start()
     else:
-      result.set_result(search())
+      apart()
     return result
 
   def _observation(self, turn, documents, last):
