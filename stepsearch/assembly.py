@@ -9,12 +9,18 @@ any compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import glob
-import importlib
+import hashlib
+import importlib.metadata
+import json
 import math
 import os
+import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -23,6 +29,7 @@ import numpy as np
 
 from stepsearch import checkpoints
 from stepsearch import config as config_lib
+from stepsearch import distributed
 from stepsearch import paths
 from stepsearch import protocol as protocol_lib
 from stepsearch import sharding
@@ -39,6 +46,7 @@ from stepsearch.models import qwen
 from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
 from stepsearch.retrieval import service
+from stepsearch.retrieval import shards
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
@@ -149,11 +157,15 @@ def build(
       lambda queries, k: engine.search(queries, k), decode, on_tick)
   collector.prepare(example.question for example in (*train, *held_out))
 
+  _agree_on_data(corpus, train, held_out, model)
   # Last, for it may take long; `collector` sees it through its closure.
   gold = [
       document for example in (*train, *held_out)
       for document in example.gold_documents]
-  engine = _retriever(config, corpus, workdir, say, gold)
+  engine = shards.distribute(
+      _retriever(config, corpus, workdir, say, gold),
+      functools.partial(distributed.exchange, channel='search'),
+      distributed.index(), distributed.count())
   say((f'{len(corpus):,} passages, ' if corpus else '')
       + f'{len(train):,} training and {len(held_out):,} held-out questions, '
       f'{tokenizer.vocab_size:,} tokens')
@@ -162,7 +174,7 @@ def build(
       protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
       pretrained=pretrained, learner=trainer, collect=collector,
-      score=_score(config, reward, engine))
+      score=_by_all(_score(config, reward, engine), decode))
 
 
 def retriever(
@@ -195,6 +207,26 @@ def parameters(parts: Parts, key: jax.Array) -> Any:
   return jax.jit(
       lambda k: qwen.init(parts.model, k),
       out_shardings=parts.update.place(qwen.axes(parts.model)[0]))(key)
+
+
+def agree(config: ml_collections.ConfigDict, **flags: Any) -> None:
+  """Refuses several processes whose config, flags, code or libraries differ.
+
+  Raises:
+    ValueError: names the process and the first difference.
+  """
+  if distributed.count() == 1:
+    return
+  package = pathlib.Path(__file__).parent
+  distributed.agree('config', json.loads(config_lib.to_json(config)))
+  distributed.agree('flags', flags)
+  distributed.agree('version', {
+      'python': sys.version.split()[0],
+      **{name: importlib.metadata.version(name) for name in (
+          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')},
+      'stepsearch': {
+          str(path.relative_to(package)): _digest(path.read_text())
+          for path in package.rglob('*.py')}})
 
 
 def write_card(parts: Parts, directory: paths.Path) -> None:
@@ -283,10 +315,10 @@ def _turn_rewards(config) -> bool:
 
 
 def _check(config, training, card):
-  if jax.process_count() > 1:
+  if jax.process_count() != distributed.count():
     raise ValueError(
-        f'there are {jax.process_count()} processes, and rollouts know one '
-        'only: start a single process.')
+        f'the devices of this run belong to {jax.process_count()} processes, '
+        'which have not met: start each of them with --distributed.')
   config_lib.choice('algorithm', config.algorithm, ('steppo', 'ppo'))
   config_lib.choice('data.source', config.data.source, ('world', 'jsonl'))
   config_lib.choice(
@@ -506,14 +538,14 @@ def _retriever(config, corpus, workdir, say, gold=()):
   patience = dict(timeout=c.timeout, retries=c.retries, give_up=c.give_up)
   if c.url:
     return service.from_url(
-        c.url, config.rollout.k, known=gold, first=jax.process_index(),
+        c.url, config.rollout.k, known=gold, first=distributed.index(),
         say=say, **patience)
   if c.factory:
     return retriever_lib.from_factory(c.factory, c, **patience)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
   shard = (0, 1)
-  if c.placement == 'sharded' and jax.process_count() > 1:
-    shard = jax.process_index(), jax.process_count()
+  if c.placement == 'sharded' and distributed.count() > 1:
+    shard = distributed.index(), distributed.count()
   directory = retriever_lib.shard_directory(directory, shard)
   embedder = c.embedder
   if embedder != 'lexical':
@@ -524,9 +556,12 @@ def _retriever(config, corpus, workdir, say, gold=()):
           f'config.retriever.embedder = {c.embedder!r} is neither lexical nor '
           f'a usable encoder: {error}') from error
     say(f'{c.embedder}: {embedder.fingerprint}')
-  engine = retriever_lib.build(
-      corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
-      directory=directory, shard=shard)
+  # One builds what all read; shards are built by their owners.
+  with distributed.first('index') if shard[1] == 1 else (
+      contextlib.nullcontext()):
+    engine = retriever_lib.build(
+        corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
+        directory=directory, shard=shard)
   say(f'index of {len(engine):,} passages in {directory}')
   return engine
 
@@ -559,12 +594,41 @@ def _score(config, reward, engine) -> Score:
       examples, transcripts, reward, embed, config.rollout.k)
 
 
+def _by_all(score, layout) -> Score:
+  """Scores with several processes: each its own rows, all get all scores."""
+  if distributed.count() == 1:
+    return score
+
+  def together(examples, transcripts):
+    rows = sharding.local_rows(layout, len(examples))
+    scores = score(
+        [examples[i] for i in rows], [transcripts[i] for i in rows])
+    found = dict(
+        pair for part in distributed.exchange(list(zip(rows, scores)), 'score')
+        for pair in part)
+    return [found[i] for i in range(len(examples))]
+
+  return together
+
+
+def _agree_on_data(corpus, train, held_out, model):
+  if distributed.count() > 1:
+    distributed.agree('data', {
+        'passages': len(corpus), 'train': _digest(train),
+        'eval': _digest(held_out), 'model': dataclasses.asdict(model)})
+
+
+def _digest(value) -> str:
+  return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
 def _reward_factory(path, config) -> Score:
   """A user's own reward: `factory(config.reward)` -> score.
 
   `score(examples, transcripts)` returns one `rewards.Score` per episode; its
   `turn_rewards[r]` lands on the token that closed search turn r, its
-  `global_reward` on the last sampled token.
+  `global_reward` on the last sampled token. Of several processes each scores
+  its own rows.
   """
   module, _, name = path.replace(':', '.').rpartition('.')
   try:

@@ -36,9 +36,13 @@ from typing import Any
 import jax
 from jax._src import clusters
 from jax._src import distributed as jax_distributed
+from jax.experimental import multihost_utils
 
 from stepsearch import paths
 
+FLAGS = (
+    'coordinator', 'num_processes', 'process_id', 'distributed',
+    'barrier_timeout')
 TIMEOUT = 300.0  # seconds that processes wait for one another
 _PULSE = 1.0  # seconds after which a wait looks whether the run goes on
 _ROOM = 'stepsearch'  # of our keys
@@ -218,31 +222,51 @@ def first(name: str) -> Iterator[None]:
     barrier(name)
 
 
-def agree(what: str, leaves: Mapping[str, Any]) -> None:
+def agree(what: str, value: Mapping[str, Any]) -> None:
   """Refuses processes that were not started alike.
 
   Args:
-    what: the leaves are of, for the message.
-    leaves: dotted names to JSON values.
+    what: the value is, for the message.
+    value: JSON; mappings may hold mappings.
 
   Raises:
     ValueError: names the process, the first leaf that differs, both values.
   """
-  text = json.dumps(dict(leaves), sort_keys=True)
-  digests = exchange(hashlib.sha256(text.encode()).hexdigest())
-  if len(set(digests)) == 1:
+  text = json.dumps(value, sort_keys=True)
+  if len(set(exchange(hashlib.sha256(text.encode()).hexdigest()))) == 1:
     return
   read = [json.loads(text) for text in exchange(text)]
   for other, theirs in enumerate(read):
-    for name in sorted(read[0].keys() | theirs.keys()):
-      here, there = (
-          json.dumps(x[name]) if name in x else 'absent'
-          for x in (theirs, read[0]))
-      if here != there:
-        raise ValueError(
-            f'{what}.{name} is {here} in {_RUN.name(other)} and {there} in '
-            f'{_RUN.name(0)}: start all processes with the same code, files '
-            'and flags, --process_id apart.')
+    if found := _difference(what, read[0], theirs):
+      name, first_value, other_value = found
+      raise ValueError(
+          f'{name} is {other_value} in {_RUN.name(other)} and {first_value} in '
+          f'{_RUN.name(0)}: start all processes with the same code, files and '
+          'flags, --process_id apart.')
+
+
+def _difference(name, one, other) -> tuple[str, str, str] | None:
+  """Name and texts of the first leaf in which two JSON values differ."""
+  if one == other:
+    return None
+  if not isinstance(one, dict) or not isinstance(other, dict):
+    return name, json.dumps(one), json.dumps(other)
+  for key in sorted(one.keys() | other.keys()):
+    if key not in one or key not in other:
+      return f'{name}.{key}', *(
+          json.dumps(x[key]) if key in x else 'absent' for x in (one, other))
+    if found := _difference(f'{name}.{key}', one[key], other[key]):
+      return found
+  return None
+
+
+def stop_requested(tick: int) -> bool:
+  """Whether all processes are to stop at this tick, for SIGTERM came to one.
+
+  All of them ask at every tick, counted from 1, and get the same answer: the
+  tick after the latest that any of them had reached.
+  """
+  return multihost_utils.reached_preemption_sync_point(tick)
 
 
 def share(directory: paths.Path, flag: str) -> None:
@@ -276,7 +300,9 @@ def share(directory: paths.Path, flag: str) -> None:
         'gs://bucket/path.')
 
 
-def define_flags() -> Callable[[], contextlib.AbstractContextManager[None]]:
+def define_flags(
+    *, preemptible: bool = False
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
   """Defines the flags of an entry point; returns `joined` as they say."""
   from absl import flags
 
@@ -295,13 +321,15 @@ def define_flags() -> Callable[[], contextlib.AbstractContextManager[None]]:
       'before the run ends and names those that are missing.')
   return lambda: joined(
       coordinator.value, num_processes.value, process_id.value,
-      automatic=automatic.value, timeout=timeout.value)
+      automatic=automatic.value, timeout=timeout.value,
+      preemptible=preemptible)
 
 
 @contextlib.contextmanager
 def joined(
     coordinator: str | None, num_processes: int | None, process_id: int | None,
     *, automatic: bool = False, timeout: float = TIMEOUT,
+    preemptible: bool = False,
 ) -> Iterator[None]:
   """Joins the other processes for the body, before jax touches its devices.
 
@@ -315,6 +343,8 @@ def joined(
     process_id: of this one, from 0.
     automatic: find the three in the environment, as jax does.
     timeout: seconds, here and by default in `exchange`.
+    preemptible: several processes take note of SIGTERM for `stop_requested`
+      instead of dying of it.
 
   Raises:
     ValueError: arguments that are missing, out of range or taken; processes
@@ -327,8 +357,7 @@ def joined(
     yield
     return
   hosts, links = _meet(coordinator, num_processes, process_id, timeout)
-  # Its notifier would take SIGTERM for itself; `train` agrees on its own.
-  jax.config.update('jax_enable_preemption_service', False)
+  jax.config.update('jax_enable_preemption_service', preemptible)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=(

@@ -10,7 +10,6 @@ hops) and DIR/transcripts.jsonl.
 from __future__ import annotations
 
 import json
-import pathlib
 
 from etils import epath
 import jax
@@ -19,8 +18,10 @@ import ml_collections
 from stepsearch import assembly
 from stepsearch import checkpoints
 from stepsearch import config as config_lib
+from stepsearch import distributed
 from stepsearch import evaluation
 from stepsearch import metrics
+from stepsearch import paths
 
 
 def evaluate(
@@ -62,7 +63,10 @@ def evaluate(
           'steps; leave it out.')
     config = ml_collections.ConfigDict(config)
     config.model.pretrained = checkpoint
-  out = pathlib.Path(config_lib.check_workdir(output, 'output'))
+  with distributed.first('output'):
+    out = config_lib.check_workdir(output, 'output')
+  distributed.share(out, 'output')
+  assembly.agree(config, checkpoint=checkpoint, step=step, sampled=sampled)
   progress = metrics.Progress(0)
   parts = assembly.build(
       config, root if trained else out, training=False, card=card,
@@ -85,13 +89,13 @@ def evaluate(
       name: evaluation.summary([r for r in rows if r['dataset'] == name])
       for name in sorted({r['dataset'] for r in rows})}
   results['all'] = evaluation.summary(rows)
-  (out / 'transcripts.jsonl').write_text(''.join(
-      json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
-      encoding='utf-8')
-  (out / 'eval.json').write_text(json.dumps(
-      {'checkpoint': str(root), 'step': step,
-       'decoding': 'sampled' if sampled else 'greedy', 'results': results},
-      indent=2) + '\n')
+  if distributed.index() == 0:
+    paths.write(out / 'transcripts.jsonl', ''.join(
+        json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    paths.write(out / 'eval.json', json.dumps(
+        {'checkpoint': str(root), 'step': step,
+         'decoding': 'sampled' if sampled else 'greedy', 'results': results},
+        indent=2) + '\n')
   progress.line(name)
   if parts.retriever.failed:
     progress.line(
@@ -120,6 +124,12 @@ if __name__ == '__main__':
       'step', None, 'Step of the checkpoint; the newest by default.')
   _SAMPLED = flags.DEFINE_bool(
       'sampled', False, 'Sample at rollout.temperature instead of greedy.')
-  config_lib.main(lambda config: evaluate(
-      config, _CHECKPOINT.value, _OUTPUT.value, _STEP.value,
-      sampled=_SAMPLED.value))
+  _JOINED = distributed.define_flags()
+
+  def _main(config):
+    with _JOINED():
+      evaluate(
+          config, _CHECKPOINT.value, _OUTPUT.value, _STEP.value,
+          sampled=_SAMPLED.value)
+
+  config_lib.main(_main)

@@ -40,12 +40,24 @@ class Stop:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def listening(
+    agreed: Callable[[int], bool] | None = None
+) -> Iterator[Stop]:
   """Takes note of SIGTERM instead of dying of it.
 
   Outside of the main thread, where Python allows no handlers, nothing is
   noted.
+
+  Args:
+    agreed: of one of several processes: tells what `Stop.requested` does, and
+      takes note itself. Then no signal raises by itself, for all have to stop
+      at the same point.
   """
+  if agreed is not None:
+    stop = Stop(agreed)
+    stop.deferred = True
+    yield stop
+    return
   told = []
   stop = Stop(lambda tick: bool(told))
 

@@ -12,6 +12,7 @@ them lies, one set for the update and one for decoding (`config.sharding`):
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
@@ -251,8 +252,22 @@ def on_device(tree: Any, donate: bool = False) -> Any:
   return jax.tree.map(move, tree)
 
 
+def put(array: Any, where: NamedSharding) -> jax.Array:
+  """A host array as a global one; each process places what its devices hold.
+
+  Not `jax.device_put`, which first compares the array between processes, by a
+  program on all devices.
+  """
+  if not isinstance(array, jax.Array):
+    array = np.asarray(array)
+  return jax.make_array_from_callback(
+      array.shape, where, lambda index: array[index])
+
+
 def shard_batch(tree: Any, layout: Layout) -> Any:
   """Places host arrays [B, ...] on the mesh, rows split over the batch axes.
+
+  Several processes call it with the same arrays.
 
   Raises:
     ValueError: B is not a multiple of the shards.
@@ -260,16 +275,38 @@ def shard_batch(tree: Any, layout: Layout) -> Any:
   shards = layout.shards
 
   def place(array):
-    if not isinstance(array, jax.Array):
-      array = np.asarray(array)
     if array.shape[0] % shards:
       raise ValueError(
           f'a batch of {array.shape[0]} rows cannot be split over {shards} '
           f'shards (mesh {dict(layout.mesh.shape)}): choose a batch size that '
           f'is a multiple of {shards}.')
-    return jax.device_put(array, layout.rows)
+    return put(array, layout.rows)
 
   return jax.tree.map(place, tree)
+
+
+def local_rows(layout: Layout, count: int) -> list[int]:
+  """The rows of a batch of `count` that this process answers for.
+
+  Those that its devices hold. Rows that several processes hold, as with a
+  `tensor` axis across them, are dealt out in equal parts, so that every row is
+  one process' own.
+  """
+  holders = [set() for _ in range(count)]
+  for device, index in layout.rows.devices_indices_map((count,)).items():
+    for row in range(count)[index[0]]:
+      holders[row].add(device.process_index)
+  shared = collections.defaultdict(list)
+  for row, processes in enumerate(holders):
+    shared[tuple(sorted(processes))].append(row)
+  mine = []
+  for processes, held in shared.items():
+    if jax.process_index() in processes:
+      place = processes.index(jax.process_index())
+      first, last = (
+          len(held) * i // len(processes) for i in (place, place + 1))
+      mine += held[first:last]
+  return sorted(mine)
 
 
 def _entry(axes):

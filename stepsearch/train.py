@@ -22,6 +22,7 @@ import ml_collections
 from stepsearch import assembly
 from stepsearch import checkpoints
 from stepsearch import config as config_lib
+from stepsearch import distributed
 from stepsearch import evaluation
 from stepsearch import metrics
 from stepsearch import paths
@@ -66,15 +67,20 @@ def train(
   assembly.tune_host()
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-  root = config_lib.check_workdir(workdir)
+  with distributed.first('workdir'):
+    root = config_lib.check_workdir(workdir)
+  distributed.share(root, 'workdir')
+  assembly.agree(config)
   progress = metrics.Progress(config.num_steps)
-  if (root / 'config.json').exists():
+  if (root / 'config.json').exists() and distributed.index() == 0:
     config_lib.write(config, root, _MAY_CHANGE)
   finished = root / 'eval.json'
   if finished.exists():
     progress.line(f'{root} is a finished run of {config.num_steps} steps.')
   else:
-    with preemption.listening() as stop:
+    with preemption.listening(
+        distributed.stop_requested if distributed.count() > 1 else None
+    ) as stop:
       try:
         _train(config, root, progress, stop)
       except preemption.Stopped:
@@ -91,8 +97,9 @@ def _train(config, root, progress, stop):
         config, root, say=progress.line, on_tick=stop.check)
     # Only now: a config that was refused must not be what a later one is
     # compared with.
-    config_lib.write(config, root, _MAY_CHANGE)
-    assembly.write_card(parts, root / 'model')
+    if distributed.index() == 0:
+      config_lib.write(config, root, _MAY_CHANGE)
+      assembly.write_card(parts, root / 'model')
   except preemption.Stopped:
     progress.line('stopped: the same command starts anew')
     raise
@@ -137,8 +144,8 @@ class _Run:
         jax.random.fold_in(key, i) for i in range(4))
     self._each = config.rollouts_per_question
     self._questions = loader.Loader(
-        parts.train, config.batch_size // self._each, config.seed,
-        jax.process_index(), jax.process_count())
+        parts.train, config.batch_size // self._each, config.seed)
+    self._writes = distributed.index() == 0
     self._timer = metrics.Timer()
     self._delayed = metrics.Delayed()
     self._host: dict[int, dict[str, float]] = {}  # step -> its host metrics
@@ -170,7 +177,7 @@ class _Run:
       _print_means(self._progress, 'after warm-up', found)
       self._writer.write(0, row | self._timer.flush())
       self._writer.flush()
-      _write_json(root / 'before.json', found)
+      self._write(root / 'before.json', json.dumps(found, indent=2))
       self._save(found['greedy'])
     else:
       like = jax.tree.map(
@@ -181,6 +188,7 @@ class _Run:
           root / 'reference', like.actor.params))
       self.done = self._saved = first
       self._writer.cut_back(first)
+      distributed.barrier('cut back')
       self._progress.line(f'resumed {root} at step {first}')
       self._catch_up()
     known = [
@@ -217,10 +225,11 @@ class _Run:
     seconds = time.perf_counter() - start
     with timer.section('reward'):
       scores = parts.score(examples, transcripts)
-      mask, turn_ends = jax.device_get(
-          (trajectory.loss_mask, trajectory.turn_ends))
-      rewards = sharding.shard_batch(
-          rewards_lib.place(scores, mask, turn_ends), parts.update)
+      sampled = int(trajectory.loss_mask.sum())
+      trajectory, rewards = sharding.shard_batch(
+          (trajectory, rewards_lib.place(
+              scores, trajectory.loss_mask, trajectory.turn_ends)),
+          parts.update)
     self._stop.check()
     with timer.section('update'):
       batch, target_metrics = parts.learner.make_batch(
@@ -229,7 +238,7 @@ class _Run:
           self.state, batch, jax.random.fold_in(self._update_key, step))
     self.done = step + 1
     self._host[self.done] = evaluation.rollout_metrics(
-        transcripts, scores, int(mask.sum()), seconds)
+        transcripts, scores, sampled, seconds)
     self._host[self.done] |= parts.collect.metrics | {
         'rollout/failed_searches': parts.retriever.failed - failed}
     self._show(self._record(
@@ -279,9 +288,9 @@ class _Run:
             config.eval.batch_size,
             jax.random.fold_in(self._eval_key, self.done),
             greedy=kind == 'greedy')
-      paths.write(
+      self._write(
           self._root / 'transcripts' / f'step_{self.done:06d}_{kind}.jsonl',
-          ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+          '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows))
       prefix = 'eval' if kind == 'greedy' else 'eval_sampled'
       shown = found[kind] | {
           'failed_searches': parts.retriever.failed - failed}
@@ -349,11 +358,18 @@ class _Run:
       self._final, _ = self._evaluate(ends=True)
     self._store.wait()
     root = self._root
-    report.learning_curve(
-        metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
-    _write_json(root / 'eval.json', {
-        'before': json.loads((root / 'before.json').read_text()),
-        'after': self._final, 'dtype': self._config.model.dtype})
+    if self._writes:
+      report.learning_curve(
+          metrics.read(root / 'metrics.jsonl'), root / 'learning_curve.png')
+      self._write(root / 'eval.json', json.dumps({
+          'before': json.loads((root / 'before.json').read_text()),
+          'after': self._final, 'dtype': self._config.model.dtype}, indent=2))
+    distributed.barrier('finished')
+
+  def _write(self, path, text):
+    """Writes a file that all processes could: one of them does."""
+    if self._writes:
+      paths.write(path, text + '\n')
 
 
 def _step_zero(parts, root, key, progress, timer, stop):
@@ -421,16 +437,18 @@ def _conclude(progress, root, stored, source):
       f'{shlex.quote(str(root / "exported"))}')
 
 
-def _write_json(path, value):
-  paths.write(path, json.dumps(value, indent=2) + '\n')
-
-
 if __name__ == '__main__':
   from absl import flags
 
   _WORKDIR = flags.DEFINE_string(
       'workdir', None, 'Where everything of this run is kept.', required=True)
-  config_lib.main(lambda config: train(
-      config, _WORKDIR.value, shlex.join(
+  _JOINED = distributed.define_flags(preemptible=True)
+
+  def _main(config):
+    with _JOINED():
+      train(config, _WORKDIR.value, shlex.join(
           argument for argument in sys.argv[1:]
-          if not argument.lstrip('-').startswith('workdir'))))
+          if not argument.lstrip('-').startswith(
+              ('workdir', *distributed.FLAGS))))
+
+  config_lib.main(_main)

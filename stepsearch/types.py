@@ -74,7 +74,11 @@ class Transcript:
 
 @struct.dataclass
 class Trajectory:
-  """The arrays of one batch of episodes, as sampled; filled by rollout."""
+  """The arrays of one batch of episodes, as sampled; filled by rollout.
+
+  Numpy as it comes from there, whole in every process; `sharding.shard_batch`
+  places it for the learner.
+  """
 
   tokens: jax.Array  # [B, T] int32: prompt, sampled and retrieved tokens
   token_mask: jax.Array  # [B, T] float32: 1 on tokens, 0 on padding

@@ -30,14 +30,6 @@ def test_any_step_can_be_asked_first():
   assert straight.batch(2) == wanted[2]  # back into a dropped epoch
 
 
-def test_processes_share_a_batch_in_order():
-  whole = loader.Loader(_examples(9), 8, seed=1)
-  shares = [loader.Loader(_examples(9), 8, 1, p, 4) for p in range(4)]
-  for step in range(5):
-    joined = [e for share in shares for e in share.batch(step)]
-    assert joined == whole.batch(step)
-
-
 def test_batch_larger_than_the_data():
   batch = _ids(loader.Loader(_examples(3), 8, seed=2).batch(0))
   assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
@@ -52,10 +44,8 @@ def test_seeds_differ():
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ((_examples(3), 6, 0, 0, 4), '6 questions .* 4 processes'),
-        ((_examples(3), 0, 0), 'batch of 0'),
+        ((_examples(3), 0, 0), 'batch_size = 0'),
         (([], 2, 0), 'no examples'),
-        ((_examples(3), 4, 0, 2, 2), r'process_index = 2'),
     ],
 )
 def test_sizes_that_do_not_fit(arguments, message):

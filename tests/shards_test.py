@@ -4,13 +4,13 @@ import importlib.util
 import json
 import threading
 
-import jax
 import numpy as np
 import pytest
 
 from configs import default
 from stepsearch import assembly
 from stepsearch import build_index
+from stepsearch import distributed
 from stepsearch import passages
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever
@@ -244,8 +244,8 @@ def test_build_index_makes_the_shards_of_a_run(tmp_path, monkeypatch, capsys):
       index='exact', shard=(1, 2))
   assert recall == 1.0 and 'shard-00001-of-00002' in capsys.readouterr().out
   monkeypatch.setattr(indexing, 'build', None)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(distributed, 'count', lambda: 2)
+  monkeypatch.setattr(distributed, 'index', lambda: 1)
   config = default.get_config()
   config.retriever.update(dict(
       dimensions=32, index='exact', directory=str(tmp_path / 'index'),
@@ -255,8 +255,8 @@ def test_build_index_makes_the_shards_of_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_config_says_where_the_index_is(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(distributed, 'count', lambda: 2)
+  monkeypatch.setattr(distributed, 'index', lambda: 1)
   config = default.get_config()
   config.retriever.update(dict(dimensions=32, index='exact'))
   make = lambda: assembly._retriever(config, _CORPUS, tmp_path, lambda _: None)

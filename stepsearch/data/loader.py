@@ -19,12 +19,7 @@ class Loader:
   """Batches of examples, indexed by step."""
 
   def __init__(
-      self,
-      examples: Sequence[Example],
-      batch_size: int,
-      seed: int,
-      process_index: int = 0,
-      process_count: int = 1,
+      self, examples: Sequence[Example], batch_size: int, seed: int
   ):
     """Takes the examples of the whole run.
 
@@ -32,36 +27,24 @@ class Loader:
       examples: the same in every process.
       batch_size: questions a step, over all processes.
       seed: of the order.
-      process_index: which contiguous share of each batch is this process'.
-      process_count: shares; must divide `batch_size`.
 
     Raises:
-      ValueError: no examples, or sizes that do not fit.
+      ValueError: no examples, or no batch.
     """
     if not examples:
       raise ValueError('The loader was given no examples to train on.')
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-      raise ValueError(
-          f'A batch of {batch_size} questions cannot be shared by'
-          f' {process_count} processes: batch_size must be a positive multiple'
-          ' of the number of processes.'
-      )
-    if not 0 <= process_index < process_count:
-      raise ValueError(
-          f'process_index = {process_index} must be in [0, {process_count}).'
-      )
+    if batch_size < 1:
+      raise ValueError(f'batch_size = {batch_size} must be at least 1.')
     self._examples = tuple(examples)
     self._batch_size = batch_size
     self._seed = seed
-    share = batch_size // process_count
-    self._first, self._last = process_index * share, (process_index + 1) * share
     self._orders: dict[int, np.ndarray] = {}  # epoch -> its permutation
 
   def batch(self, step: int) -> list[Example]:
-    """Returns this process' share of the batch of one step."""
+    """Returns the batch of one step: of all processes, which play it as one."""
     start = step * self._batch_size
     epochs, places = np.divmod(
-        np.arange(start + self._first, start + self._last), len(self._examples)
+        np.arange(start, start + self._batch_size), len(self._examples)
     )
     return [
         self._examples[self._order(epoch)[place]]

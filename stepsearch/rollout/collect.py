@@ -108,7 +108,7 @@ class Collector:
     self._feed = min(self._feed, 2**28 // (longest * model.heads))
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
-    self._table = jax.device_put(table, layout.replicated)
+    self._table = sharding.put(table, layout.replicated)
     self._cache: dict[str, np.ndarray] = {}
     self._prefix = np.zeros([0], np.int32)
 
@@ -563,21 +563,19 @@ class _Play:
       self._idle_since = None
 
   def trajectory(self) -> types.Trajectory:
-    """The arrays, on the mesh."""
+    """The arrays, on the host."""
     length = np.asarray([episode.length for episode in self._episodes])
     width = _bucket(int(length.max()), self._config.length_multiple)
     turn_ends = np.full(
         (len(self._episodes), self._config.max_turns + 1), -1, np.int32)
     for row, episode in zip(turn_ends, self._episodes):
       row[:len(episode.turn_ends)] = episode.turn_ends
-    return sharding.shard_batch(
-        types.Trajectory(
-            tokens=self._tokens[:, :width],
-            token_mask=(
-                np.arange(width)[None] < length[:, None]).astype(np.float32),
-            loss_mask=self._loss_mask[:, :width],
-            logprobs=self._logprobs[:, :width], turn_ends=turn_ends),
-        self._c._layout)
+    return types.Trajectory(
+        tokens=self._tokens[:, :width],
+        token_mask=(
+            np.arange(width)[None] < length[:, None]).astype(np.float32),
+        loss_mask=self._loss_mask[:, :width],
+        logprobs=self._logprobs[:, :width], turn_ends=turn_ends)
 
   def transcripts(self) -> list[types.Transcript]:
     """The texts."""

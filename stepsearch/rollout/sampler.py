@@ -71,7 +71,10 @@ class Rows:
 
 @struct.dataclass
 class Chunk:
-  """What one call of `decode` wrote: at most K tokens a row."""
+  """What one call of `decode` wrote: at most K tokens a row.
+
+  Whole on every device: all processes read all rows.
+  """
 
   tokens: jax.Array  # [B, K] int32
   logprobs: jax.Array  # [B, K] float32, log-softmax(logits / temperature)
@@ -344,10 +347,14 @@ def _decode(sampler, steps, params, state, table, key, temperature,
   ends = jnp.asarray(sampler.eos_ids, jnp.int32)
   before = jnp.sum(state.stop != RUNNING)
   enough = max(sampler.slots // WAITING, 1)
-  chunk = Chunk(
-      tokens=jnp.zeros((sampler.slots, steps), jnp.int32),
-      logprobs=jnp.zeros((sampler.slots, steps), jnp.float32),
-      count=jnp.zeros_like(state.length), stop=state.stop, steps=jnp.int32(0))
+  rows, everywhere = layout.rows, layout.replicated
+  chunk = jax.lax.with_sharding_constraint(
+      Chunk(
+          tokens=jnp.zeros((sampler.slots, steps), jnp.int32),
+          logprobs=jnp.zeros((sampler.slots, steps), jnp.float32),
+          count=jnp.zeros_like(state.length), stop=state.stop,
+          steps=jnp.int32(0)),
+      Chunk(rows, rows, rows, rows, everywhere))
 
   def going_on(carry):
     state, chunk = carry
@@ -398,7 +405,8 @@ def _decode(sampler, steps, params, state, table, key, temperature,
         automaton=automaton, stop=stop, cache=cache)
     return state, chunk
 
-  return jax.lax.while_loop(going_on, step, (state, chunk))
+  state, chunk = jax.lax.while_loop(going_on, step, (state, chunk))
+  return state, jax.lax.with_sharding_constraint(chunk, everywhere)
 
 
 def draw(
