@@ -119,6 +119,20 @@ class Layout:
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(self.mesh, spec))
 
+  def by_vocabulary(self, size: int) -> Layout:
+    """For products with the unembedding [D, V]: V takes the axes of `embed`.
+
+    Gathering the matrix, and summing its gradient for every chunk of logits,
+    moves far more than gathering the few hidden states it is multiplied with.
+
+    Args:
+      size: V; where it cannot be split so finely, the layout itself.
+    """
+    axes = (*self.axes('vocab'), *self.axes('embed'))
+    wide = Layout(self.mesh, tuple(sorted(
+        (dict(self.rules) | {'vocab': axes, 'embed': ()}).items())))
+    return self if size % wide.size('vocab') else wide
+
   def gather(self, x: jax.Array, *names: str | None) -> jax.Array:
     """A weight as a layer uses it: whole along `embed`.
 

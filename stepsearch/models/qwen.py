@@ -475,14 +475,11 @@ def unroll(params: Any) -> Any:
       for i in range(count))}
 
 
-def unembedding(
-    params: Any, layout: sharding.Layout | None = None,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
+def unembedding(params: Any) -> jax.Array:
   """The output matrix [D, V] of an actor's parameters, tied or not."""
   if 'lm_head' in params:
-    return _used(layout, params['lm_head'], dtype, 'embed', 'vocab')
-  return _used(layout, params['embedding'], dtype, 'vocab', 'embed').T
+    return params['lm_head']
+  return params['embedding'].T
 
 
 def compact(config: Config, params: Any) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from stepsearch import sharding
+
 
 def token_logprobs(
     hidden: jax.Array,
@@ -17,6 +19,7 @@ def token_logprobs(
     targets: jax.Array,
     temperature: jax.Array | float,
     chunk: int,
+    layout: sharding.Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """log pi(target) and entropy per token, without ever holding [B, T, V].
 
@@ -28,29 +31,44 @@ def token_logprobs(
     targets: [B, T] int32.
     temperature: the logits are divided by it.
     chunk: positions of a row per piece; T need not be a multiple.
+    layout: of the update; needed on several devices.
 
   Returns:
     logprobs [B, T] and entropy [B, T], float32, in nats.
   """
   batch, length, _ = hidden.shape
+  size = unembedding.shape[1]
+  split = layout is not None and layout.mesh.size > 1
+  wide = lambda x, *names, **more: x
+  if split:
+    wide = layout.by_vocabulary(size).constrain
   chunk = min(chunk, length)
   pieces = -(-length // chunk)
   pad = pieces * chunk - length
   hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
   targets = jnp.pad(targets, ((0, 0), (0, pad)))
-  matrix = unembedding.astype(hidden.dtype)
+  # Its gradient is summed over the pieces in float32, if it is of that type.
+  matrix = wide(unembedding, None, 'vocab')
 
   @jax.checkpoint
   def piece(_, x):
     states, labels = x  # [B, C, D], [B, C]
-    logits = jnp.einsum(
-        'bcd,dv->bcv', states, matrix, preferred_element_type=jnp.float32)
+    states = wide(states, 'batch', None, None, beside='vocab')
+    logits = wide(
+        jnp.einsum(
+            'bcd,dv->bcv', states, matrix.astype(states.dtype),
+            preferred_element_type=jnp.float32), 'batch', None, 'vocab')
     logits /= temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    if split:  # a gather would need whole rows
+      here = jnp.arange(size)[None, None] == labels[..., None]
+      picked = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+    else:
+      picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     mean = jnp.sum(
         jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-    return None, (picked - norm, norm - mean)
+    return None, tuple(
+        wide(x, 'batch', None) for x in (picked - norm, norm - mean))
 
   split = lambda x: jnp.moveaxis(
       x.reshape(batch, pieces, chunk, *x.shape[2:]), 1, 0)

@@ -101,9 +101,9 @@ def next_token_logprobs(
   """
   at, segments = places or (positions(tokens), None)
   hidden, _ = model.apply({'params': params}, tokens, at, segments=segments)
-  matrix = qwen.unembedding(params, model.layout, hidden.dtype)
   logprobs, entropy = losses.token_logprobs(
-      hidden[:, :-1], matrix, tokens[:, 1:], temperature, chunk)
+      hidden[:, :-1], qwen.unembedding(params), tokens[:, 1:], temperature,
+      chunk, model.layout)
   shift = lambda x: jnp.pad(x, ((0, 0), (1, 0)))
   return shift(logprobs), shift(entropy)
 

@@ -343,7 +343,7 @@ def _append(sampler, params, state, rows):
 def _decode(sampler, steps, params, state, table, key, temperature,
             greedy):
   layout = sampler.layout
-  matrix = qwen.unembedding(params, layout, sampler.model.dtype)
+  matrix = qwen.unembedding(params)
   ends = jnp.asarray(sampler.eos_ids, jnp.int32)
   before = jnp.sum(state.stop != RUNNING)
   enough = max(sampler.slots // WAITING, 1)
