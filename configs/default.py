@@ -42,6 +42,13 @@ def get_config(arg=''):
       remat='full',  # off | dots | attention | full: recomputed for gradients
       attention='auto'))  # auto | plain | splash (TPU) | cudnn (GPU)
 
+  # Trains small matrices beside frozen weights, merged where they are not
+  # trained: weights W + alpha / rank A B, A B of so many columns and rows.
+  config.lora = ConfigDict(dict(
+      rank=0,  # 0 = off: all weights are trained
+      alpha=16.0,
+      targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down')))
+
   config.data = ConfigDict(dict(
       source='jsonl',  # jsonl | world
       train='', corpus='',  # JSONL files of source = jsonl

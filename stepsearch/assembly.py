@@ -42,6 +42,7 @@ from stepsearch.data import world as world_lib
 from stepsearch.models import attention
 from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
@@ -461,7 +462,8 @@ def _model(config, tokenizer, layouts, pretrained) -> qwen.Config:
           f'= {layout.axes(rule)!r} on the mesh {dict(layout.mesh.shape)}. '
           f'Choose axes of config.mesh whose sizes divide it, at most '
           f'{math.gcd(sizes[name], layout.mesh.size)} in all.')
-  return qwen.Config(**sizes)
+  adapters = lora.Config(**config.lora.to_dict())
+  return qwen.Config(**sizes | dict(lora=adapters if adapters.rank else None))
 
 
 def _read(config, training):

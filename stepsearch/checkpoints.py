@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import errno
 import math
 import os
@@ -21,12 +22,14 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from stepsearch import paths
 from stepsearch import sharding
+from stepsearch.models import lora
 from stepsearch.models import qwen
 
 
@@ -157,7 +160,7 @@ def restore(
     directory: what `Checkpoints` was given.
     like: pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf with a sharding
       comes back as a jax array on it, whatever mesh it was saved from; a leaf
-      without one comes back as a numpy array.
+      without one comes back as a numpy array. None: metadata alone.
     step: the newest by default.
     partial: `like` may lack leaves of the checkpoint, which are not read, and
       may spell attributes as dictionary keys: `{'actor': {'params': ...}}`.
@@ -179,27 +182,50 @@ def restore_actor(
     directory: paths.Address, model: qwen.Config, layout: sharding.Layout,
     step: int | None = None,
 ) -> tuple[Any, int]:
-  """Reads the actor's parameters alone, onto the mesh.
+  """Reads the actor's parameters alone, onto the mesh; adapters are merged.
 
   Args:
-    directory: what `Checkpoints` was given.
-    model: of the run.
+    directory: what `Checkpoints` was given. Of a run with adapters, the base
+      is the `reference` beside it.
+    model: of the run, but for what a folder does not say: dtype and adapters.
     layout: any; it need not be that of the run.
     step: the newest by default.
 
   Returns:
-    the parameters, and the step they are of.
+    the parameters, float32, and the step they are of.
 
   Raises:
     ValueError: as of `restore`.
   """
-  like = jax.tree.map(
+  directory = _absolute(directory)
+  all_axes = qwen.axes(model)[0]
+  shapes = jax.eval_shape(lambda: qwen.init(model, jax.random.key(0)))
+  laid_out = lambda tree, axes: jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(lambda: qwen.init(model, jax.random.key(0))),
-      layout.place(qwen.axes(model)[0]))
+      tree, layout.place(axes))
+  whole = laid_out(shapes, all_axes)
+
+  run = restore(directory, None, step)[1]['model']
+  adapters = run.get('lora') and lora.Config(**run['lora'])
+  like = whole
+  if adapters:
+    like = laid_out(
+        jax.eval_shape(
+            lambda: lora.init(adapters, shapes, jax.random.key(0))),
+        lora.axes(adapters, all_axes))
   state, metadata = restore(
       directory, {'actor': {'params': like}}, step, partial=True)
-  return state['actor']['params'], metadata['step']
+  params = state['actor']['params']
+  if adapters:
+    base = restore_once(directory.parent / 'reference', whole)
+    computed = dataclasses.replace(model, dtype=run['dtype'])
+    params = jax.jit(
+        lambda base, params: jax.tree.map(
+            lambda x: x.astype(jnp.float32), lora.merge(
+                adapters, lora.Adapted(qwen.compact(computed, base), params),
+                jnp.float32)),
+        donate_argnums=0, out_shardings=layout.place(all_axes))(base, params)
+  return params, metadata['step']
 
 
 def save_once(path: paths.Address, tree: Any) -> None:
@@ -271,14 +297,13 @@ def _restore(
         f'{", ".join(map(str, steps)) or "none"}.')
   step = steps[-1] if step is None else step
   with _explained(manager.directory):
-    saved = manager.item_metadata(step)['state']
-    _check_fits(saved, like, manager.directory / str(step), partial)
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=_restore_args(like, partial),
-            metadata=ocp.args.JsonRestore()))
-  return restored['state'], restored['metadata']
+    items = {'metadata': ocp.args.JsonRestore()}
+    if like is not None:
+      saved = manager.item_metadata(step)['state']
+      _check_fits(saved, like, manager.directory / str(step), partial)
+      items['state'] = _restore_args(like, partial)
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+  return restored.get('state'), restored['metadata']
 
 
 def _restore_args(like: Any, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -169,7 +169,8 @@ class _Run:
       params = _step_zero(
           self._parts, root, self._init_key, self._progress, self._timer,
           self._stop)
-      self.state = learner.start(params)
+      self.state = learner.start(
+          params, jax.random.fold_in(self._init_key, 1))
       self._reference = learner.freeze(params)
       del params
       self._writer.cut_back(-1)
@@ -185,7 +186,7 @@ class _Run:
           jax.eval_shape(learner.init, self._init_key), learner.shardings)
       self.state, _ = self._store.restore(like)
       self._reference = learner.freeze(checkpoints.restore_once(
-          root / 'reference', like.actor.params))
+          root / 'reference', _step_zero_like(self._parts)))
       self.done = self._saved = first
       self._writer.cut_back(first)
       distributed.barrier('cut back')
@@ -220,7 +221,7 @@ class _Run:
     failed, start = parts.retriever.failed, time.perf_counter()
     with timer.section('rollout'):
       trajectory, transcripts = parts.collect(
-          self.state.actor.params, examples,
+          parts.learner.policy(self.state, self._reference), examples,
           jax.random.fold_in(self._rollout_key, step))
     seconds = time.perf_counter() - start
     with timer.section('reward'):
@@ -235,7 +236,8 @@ class _Run:
       batch, target_metrics = parts.learner.make_batch(
           self.state, self._reference, trajectory, rewards)
       self.state, update_metrics = parts.learner.update(
-          self.state, batch, jax.random.fold_in(self._update_key, step))
+          self.state, batch, jax.random.fold_in(self._update_key, step),
+          self._reference)
     self.done = step + 1
     self._host[self.done] = evaluation.rollout_metrics(
         transcripts, scores, sampled, seconds)
@@ -284,7 +286,8 @@ class _Run:
       failed = parts.retriever.failed
       with self._timer.section('eval'):
         found[kind], rows = evaluation.evaluate(
-            parts.collect, parts.score, self.state.actor.params, parts.eval,
+            parts.collect, parts.score,
+            parts.learner.policy(self.state, self._reference), parts.eval,
             config.eval.batch_size,
             jax.random.fold_in(self._eval_key, self.done),
             greedy=kind == 'greedy')
@@ -377,11 +380,7 @@ def _step_zero(parts, root, key, progress, timer, stop):
   config = parts.config
   reference_path = root / 'reference'
   if checkpoints.exists_once(reference_path):
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(lambda: qwen.init(parts.model, key)),
-        parts.learner.shardings.actor.params)
-    return checkpoints.restore_once(reference_path, like)
+    return checkpoints.restore_once(reference_path, _step_zero_like(parts))
   params = assembly.parameters(parts, key)
   if config.warmup.steps:
     with timer.section('warmup'):
@@ -400,6 +399,14 @@ def _step_zero(parts, root, key, progress, timer, stop):
             augment=assembly.renames(parts), on_step=on_step)
   checkpoints.save_once(reference_path, params)
   return params
+
+
+def _step_zero_like(parts):
+  """Shapes and shardings of what is stored of step 0."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(lambda: qwen.init(parts.model, jax.random.key(0))),
+      parts.update.place(qwen.axes(parts.model)[0]))
 
 
 def _print_means(progress, when, found):

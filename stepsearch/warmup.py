@@ -19,6 +19,7 @@ import optax
 
 from stepsearch import protocol as protocol_lib
 from stepsearch import sharding
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.rl import policy
 
@@ -110,13 +111,15 @@ def train(
 ) -> Any:
   """Trains actor parameters by cross-entropy; returns the new ones.
 
+  With adapters it is these that are trained, and merged at the end.
+
   Args:
     params: actor parameters, donated.
     demonstrations: from `tokenize`.
     model: sizes.
     config: the leaves of `config.warmup`.
     layout: of the update.
-    seed: orders the rows and drives `augment`.
+    seed: orders the rows, drives `augment` and draws adapters.
     length_multiple: rows are padded to a multiple of it.
     logprob_chunk: positions of a row whose logits exist at a time.
     augment: tokens [B, T], generator -> tokens; renames entities, say.
@@ -132,23 +135,34 @@ def train(
       config.learning_rate / ramp, config.learning_rate, ramp,
       max(config.steps, ramp + 1), 0.1 * config.learning_rate)
 
-  def loss(params, tokens, mask):
+  # What learns, and how it and the rest make an actor.
+  fresh, axes = lambda p: p, qwen.axes(model)[0]
+  whole = lambda trained, _: trained
+  if model.lora is not None:
+    key = jax.random.fold_in(jax.random.key(seed), 6)
+    fresh = lambda p: lora.init(model.lora, p, key)
+    axes = lora.axes(model.lora, axes)
+    whole = lambda trained, base: lora.Adapted(base, trained)
+
+  def loss(trained, base, tokens, mask):
     logprobs, _ = policy.next_token_logprobs(
-        actor, params, tokens, 1.0, logprob_chunk)
+        actor, whole(trained, base), tokens, 1.0, logprob_chunk)
     return -jnp.sum(logprobs * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
-  placed = policy.shardings(tx, params, qwen.axes(model)[0], layout)
+  placed = policy.shardings(tx, jax.eval_shape(fresh, params), axes, layout)
   start = jax.jit(
-      lambda p: policy.ModelState(p, tx.init(p)), out_shardings=placed)
+      lambda p: policy.ModelState(fresh(p), tx.init(fresh(p))),
+      out_shardings=placed)
 
-  def step_on(state, tokens, mask, rate):
-    value, grads = jax.value_and_grad(loss)(state.params, tokens, mask)
+  def step_on(state, base, tokens, mask, rate):
+    value, grads = jax.value_and_grad(loss)(state.params, base, tokens, mask)
     return policy.apply_gradients(tx, state, grads, rate), value
 
   update = jax.jit(
       step_on, donate_argnums=0,
       out_shardings=(placed, layout.replicated))
   state = start(params)
+  base = None if model.lora is None else params
   previous = None
   for step in range(config.steps):
     rng = np.random.default_rng((seed, 3, step))
@@ -162,14 +176,20 @@ def train(
     if augment is not None:
       tokens = augment(tokens, rng)
     state, value = update(
-        state, *sharding.shard_batch((tokens, mask), layout),
+        state, base, *sharding.shard_batch((tokens, mask), layout),
         jnp.float32(schedule(step)))
     if previous is not None:
       _report(step, previous, on_step)
     previous = value
   if previous is not None:
     _report(config.steps, previous, on_step)
-  return state.params
+  if base is None:
+    return state.params
+  return jax.jit(
+      lambda base, adapters: lora.merge(
+          model.lora, lora.Adapted(base, adapters), jnp.float32),
+      donate_argnums=0, out_shardings=layout.place(qwen.axes(model)[0]))(
+          base, state.params)
 
 
 def _report(step, value, on_step):

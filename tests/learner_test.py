@@ -11,6 +11,7 @@ import pytest
 from stepsearch import config as config_lib
 from stepsearch import sharding
 from stepsearch import types
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.rl import learner as learner_lib
 from stepsearch.rl import losses
@@ -385,6 +386,102 @@ def test_what_cannot_be_offloaded_is_refused(model, layout, monkeypatch):
   monkeypatch.setattr(sharding, 'HOST', 'elsewhere')
   with pytest.raises(ValueError, match='cpu backend offer no elsewhere'):
     make_one('optimizer')
+
+
+# ── Adapters ─────────────────────────────────────────────────────────────────
+
+LORA = lora.Config(rank=2, alpha=3.0, targets=('q', 'v', 'o', 'up', 'down'))
+
+
+@pytest.fixture(scope='module')
+def adapted(model, layout, other):
+  """A model, its learner and a state none of whose adapters is zero."""
+  rng = np.random.default_rng(4)
+  model = dataclasses.replace(model, lora=LORA)
+  one = make(model, layout, dataclasses.replace(
+      PLAIN, actor_lr=1.0, critic_lr=1.0, actor_warmup=0.0, critic_warmup=0.0,
+      max_grad_norm=1e9))
+  state = jax.tree.map(np.asarray, one.start(other, jax.random.key(0)))
+  for learnt in (state.actor, state.critic):
+    learnt.params.update(jax.tree.map(
+        lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32),
+        learnt.params))
+  return model, one, state
+
+
+def test_adapters_learn_by_the_chain_rule(
+    model, adapted, other, trajectory, rewards):
+  """Their gradients are those of a plain implementation's kernels, projected.
+
+  With K = W + c A B: dA = c dK B^T and dB = c A^T dK.
+  """
+  with_lora, one, first = adapted
+  reference = one.freeze(other)
+  state = jax.device_put(first, one.shardings)
+  batch, metrics = one.make_batch(state, reference, trajectory, rewards)
+  found, _ = one.update(state, batch, jax.random.key(0), reference)
+  jax.tree.map(np.testing.assert_array_equal, reference, other)
+
+  whole = [
+      lora.merge(LORA, lora.Adapted(other, adapters), jnp.float32)
+      for adapters in (first.actor.params, first.critic.params['trunk'])]
+  critic = {'trunk': whole[1], 'head': jnp.asarray(first.critic.params['head'])}
+  mask, tokens = trajectory.loss_mask, trajectory.tokens
+  for name, params in (('logprobs', whole[0]), ('ref_logprobs', other)):
+    np.testing.assert_allclose(
+        getattr(batch, name), mask * picked(
+            plain_policy(model, params, tokens, PLAIN.temperature), tokens),
+        rtol=1e-4, atol=2e-4)
+  np.testing.assert_allclose(
+      batch.values, mask * plain_values(model, critic, tokens), rtol=1e-4,
+      atol=2e-4)
+  assert metrics['ppo/reference_kl'] > 1e-3
+
+  grads = plain_grads(model, PLAIN, (whole[0], critic), batch)
+  head = lambda learnt: learnt.critic.params['head']
+  np.testing.assert_allclose(
+      head(first) - head(found), grads[1]['head'], rtol=1e-3, atol=1e-5)
+  matrix = lambda x, *shape: np.asarray(x, np.float64).reshape(len(x), *shape)
+  for old, new, grad in (
+      (first.actor.params, found.actor.params, grads[0]),
+      (first.critic.params['trunk'], found.critic.params['trunk'],
+       grads[1]['trunk'])):
+    for block, kernels in old['layers'].items():
+      for name, pair in kernels.items():
+        a, b = matrix(pair['a'], -1, 2), matrix(pair['b'], 2, -1)
+        slope = 1.5 * matrix(
+            grad['layers'][block][name], a.shape[1], b.shape[2])
+        for which, expected in (
+            ('a', slope @ b.swapaxes(1, 2)), ('b', a.swapaxes(1, 2) @ slope)):
+          change = pair[which] - np.asarray(new['layers'][block][name][which])
+          np.testing.assert_allclose(
+              change.reshape(expected.shape), expected, rtol=2e-3,
+              atol=2e-3 * np.abs(expected).max())
+          assert np.abs(expected).max() > 1e-6
+
+
+@pytest.mark.parametrize('eight', [
+    ((2, 2, 2), {}, {}),
+    ((1, 4, 2), dict(
+        batch=('data', 'fsdp', 'tensor'), embed=('fsdp', 'tensor'), vocab=(),
+        heads=(), kv_heads=(), mlp=()), {})], indirect=True)
+def test_adapters_on_eight_devices_are_those_on_one(
+    adapted, eight, other, trajectory, rewards):
+  with_lora, one, first = adapted
+  found = []
+  for learner in (one, make(with_lora, eight, one.config)):
+    state = jax.device_put(first, learner.shardings)
+    reference = learner.freeze(other)
+    batch, targets = learner.make_batch(
+        state, reference, *sharding.shard_batch(
+            (trajectory, rewards), learner.layout))
+    state, metrics = learner.update(
+        state, batch, jax.random.key(0), reference)
+    assert jax.tree.all(jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state,
+        learner.shardings))
+    found.append(jax.device_get((batch, targets, state, metrics)))
+  close(*found, rtol=2e-3, atol=2e-4)
 
 
 # ── States and sizes ─────────────────────────────────────────────────────────

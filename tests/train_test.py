@@ -384,6 +384,7 @@ def test_pretrained_models_that_do_not_fit_are_refused(
 _READERS = {
     'model': 'models/qwen.py', 'rollout': 'rollout/collect.py',
     'ppo': 'rl/learner.py', 'reward': 'rl/rewards.py', 'warmup': 'warmup.py',
+    'lora': 'models/lora.py',
     'sharding.update': 'sharding.py', 'sharding.decode': 'sharding.py',
     'world': 'data/world.py'}
 
@@ -452,6 +453,9 @@ def test_every_leaf_of_the_config_is_read():
     ('rollout.chat=yes', ('config.rollout.chat', 'yes', 'auto')),
     ('model.attention=flash', ('config.model.attention', 'flash', 'plain')),
     ('model.pretrained=/no/such', ('/no/such', 'no such folder')),
+    ('lora.rank=-1', ('config.lora.rank = -1', '0 is off')),
+    ('lora.alpha=0', ('config.lora.alpha = 0', 'positive')),
+    ('lora.targets=q,gates', ('config.lora.targets', 'gates', 'gate, up')),
     ('offload=actor', ('config.offload', 'actor', 'optimizer and reference')),
 ])
 def test_bad_config_is_refused_in_one_paragraph(override, words, tmp_path):

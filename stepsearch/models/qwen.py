@@ -20,6 +20,7 @@ import numpy as np
 from stepsearch import sharding
 from stepsearch.models import attention
 from stepsearch.models import cache as cache_lib
+from stepsearch.models import lora
 from stepsearch.models.cache import Cache
 
 
@@ -72,6 +73,7 @@ class Config:
   dtype: str = 'float32'  # of the computation
   remat: str = 'off'  # what the backward pass recomputes: `REMAT`
   attention: str = 'plain'  # plain | splash | cudnn: `attention.resolve`
+  lora: lora.Config | None = None  # of adapters, where there are any
 
   def __post_init__(self):
     for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads',
@@ -128,6 +130,28 @@ def _used(layout, weight, dtype, *names):
   """A weight as it is multiplied: `dtype` first, so that half is gathered."""
   weight = weight.astype(dtype)
   return weight if layout is None else layout.gather(weight, *names)
+
+
+def _adapted(module, name, x, y, *names):
+  """y = x W with what the adapters of W add, if the module is given any.
+
+  Args:
+    module: with `config` and `layout`.
+    name: of W.
+    x: [B, T, inputs...].
+    y: [B, T, outputs...].
+    *names: logical axes of W.
+  """
+  pair = module.get_variable('lora', name)
+  if pair is None:
+    return y
+  count = lora.INPUTS[name]
+  a, b = (
+      _used(module.layout, weight, x.dtype, *its) for weight, its in (
+          (pair['a'], (*names[:count], 'rank')),
+          (pair['b'], ('rank', *names[count:]))))
+  low = jnp.tensordot(x, a, count)  # [B, T, rank]
+  return y + module.config.lora.scale * jnp.tensordot(low, b, 1)
 
 
 def _laid(layout, x, *names, beside=None):
@@ -235,6 +259,7 @@ class Attention(nn.Module):
           name, _logical(init, *names), (c.embed, heads, c.head_dim))
       y = jnp.einsum(
           'btd,dnh->btnh', x, _used(self.layout, kernel, x.dtype, *names))
+      y = _adapted(self, name, x, y, *names)
       if c.attention_bias:
         y += bias(name, (heads, c.head_dim), axis, 'head_dim')
       return y
@@ -254,14 +279,15 @@ class Attention(nn.Module):
       else:
         k = v = None
         cache = new.seen()
-    y = attention.attend(
+    mixed = attention.attend(
         q, k, v, cache=cache, cache_length=cache_length, segments=segments,
         window=window, kind=c.attention, layout=self.layout)
     names = ('heads', 'head_dim', 'embed')
     kernel = self.param(
         'o', _logical(init, *names), (c.heads, c.head_dim, c.embed))
     y = jnp.einsum(
-        'btnh,nhd->btd', y, _used(self.layout, kernel, x.dtype, *names))
+        'btnh,nhd->btd', mixed, _used(self.layout, kernel, x.dtype, *names))
+    y = _adapted(self, 'o', mixed, y, *names)
     if c.output_bias:
       y += bias('o', (c.embed,), 'embed')
     return y, new
@@ -279,19 +305,19 @@ class Mlp(nn.Module):
     c = self.config
     init = nn.initializers.normal(c.embed**-0.5)
 
-    def weight(name, shape, *names):
-      kernel = self.param(name, _logical(init, *names), shape)
-      return _used(self.layout, kernel, x.dtype, *names)
+    def project(name, x, size, *names):
+      kernel = self.param(
+          name, _logical(init, *names), (x.shape[-1], size))
+      y = jnp.einsum(
+          'bti,io->bto', x, _used(self.layout, kernel, x.dtype, *names))
+      return _adapted(self, name, x, y, *names)
 
-    gate = weight('gate', (c.embed, c.mlp), 'embed', 'mlp')
-    up = weight('up', (c.embed, c.mlp), 'embed', 'mlp')
-    down = weight('down', (c.mlp, c.embed), 'mlp', 'embed')
     # In decoding the MLP may be split over the batch's axes too.
     x = _laid(self.layout, x, 'batch', None, None, beside='mlp')
-    hidden = nn.silu(jnp.einsum('btd,df->btf', x, gate))
-    hidden *= jnp.einsum('btd,df->btf', x, up)
+    hidden = nn.silu(project('gate', x, c.mlp, 'embed', 'mlp'))
+    hidden *= project('up', x, c.mlp, 'embed', 'mlp')
     hidden = _laid(self.layout, hidden, 'batch', None, 'mlp')
-    y = jnp.einsum('btf,fd->btd', hidden, down)
+    y = project('down', hidden, c.embed, 'mlp', 'embed')
     return _laid(self.layout, y, 'batch', None, None)
 
 
@@ -321,7 +347,8 @@ class Layer(nn.Module):
 class Qwen(nn.Module):
   """The decoder. Parameters are float32; computation is in `config.dtype`.
 
-  The layout is needed on several devices only.
+  The layout is needed on several devices only. Adapters are the collection
+  `lora`, which may be left out (`lora.variables`).
   """
 
   config: Config
@@ -339,7 +366,7 @@ class Qwen(nn.Module):
       layer = nn.remat(Layer, prevent_cse=False, policy=REMAT[c.remat])
     self.layers = nn.scan(
         layer,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'lora': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,

@@ -22,6 +22,7 @@ import optax
 
 from stepsearch import sharding
 from stepsearch import types
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.rl import advantages
 from stepsearch.rl import losses
@@ -35,7 +36,8 @@ COEFFICIENTS = (
     'gamma', 'gae_lambda', 'clip_eps', 'value_clip', 'kl_coef', 'entropy_coef',
     'whiten_floor', 'temperature', 'actor_lr', 'critic_lr')
 # What may lie in host memory while it is not needed: both optimizer states,
-# except in `update`, and the reference, except in `make_batch`.
+# except in `update`, and the reference, except in `make_batch` (with adapters
+# in `update` too, and while weights are made for decoding).
 OFFLOADS = ('optimizer', 'reference')
 
 
@@ -71,7 +73,11 @@ class Config:
 
 @struct.dataclass
 class TrainState:
-  """Everything that learns; what a checkpoint holds."""
+  """Everything that learns; what a checkpoint holds.
+
+  With `config.lora` these are adapters, and the critic's head; the base of
+  both is the reference.
+  """
 
   step: jax.Array  # [] int32, finished updates
   actor: policy.ModelState
@@ -99,7 +105,8 @@ class Learner:
 
   Attributes:
     make_batch: (state, reference, trajectory, rewards) -> (Batch, metrics).
-    update: (state, batch, key) -> (TrainState, metrics); donates `state`.
+    update: (state, batch, key, reference) -> (TrainState, metrics); donates
+      `state`.
     shardings: a `TrainState` of `NamedSharding`s: where a state lies between
       calls, in host memory for what is offloaded.
   """
@@ -143,23 +150,24 @@ class Learner:
 
     everywhere, rows = layout.replicated, layout.rows
     self._working = self._state_shardings()
-    self.shardings, self._resting = self._working, self._working.actor.params
+    self._whole = self._resting = layout.place(qwen.axes(model)[0])
+    self.shardings = self._working
     if 'optimizer' in offload:
       self.shardings = self._working.replace(
           actor=_rest(self._working.actor), critic=_rest(self._working.critic))
     if 'reference' in offload:
       self._resting = sharding.on_host(self._resting)
     self._init = jax.jit(
-        lambda key: self._fresh(qwen.init(model, key)),
+        lambda key: self._fresh(qwen.init(model, key), key),
         out_shardings=self._working)
     # Copied: what jit passes through would share the caller's buffers, and
     # `update` donates them.
     self._freeze = jax.jit(
         lambda actor: qwen.compact(
             model, jax.tree.map(jnp.copy, actor)),
-        out_shardings=self._working.actor.params)
+        out_shardings=self._whole)
     self._start = jax.jit(
-        lambda actor: self._fresh(jax.tree.map(jnp.copy, actor)),
+        lambda actor, key: self._fresh(jax.tree.map(jnp.copy, actor), key),
         out_shardings=self._working)
     self._make_batch = jax.jit(
         self._targets, out_shardings=(rows, everywhere))
@@ -174,13 +182,25 @@ class Learner:
     """Step 0 of a random actor; the critic shares its trunk, head zero."""
     return jax.device_put(self._init(key), self.shardings)
 
-  def start(self, actor: Params) -> TrainState:
-    """Step 0 of given actor parameters, with fresh critic and optimizers."""
-    return jax.device_put(self._start(actor), self.shardings)
+  def start(
+      self, actor: Params, key: jax.Array | None = None
+  ) -> TrainState:
+    """Step 0 of given actor parameters, with fresh critic and optimizers.
+
+    Args:
+      actor: all parameters; copied. Adapters start beside them, which are then
+        not kept here: `freeze` makes the reference of them.
+      key: draws the adapters; needed with `config.lora` only.
+    """
+    return jax.device_put(self._start(actor, key), self.shardings)
 
   def freeze(self, actor: Params) -> Params:
     """A copy as the reference: in the computation's dtype."""
     return jax.device_put(self._freeze(actor), self._resting)
+
+  def policy(self, state: TrainState, reference: Params) -> Params:
+    """What plays: the actor's parameters, or its base and adapters."""
+    return _adapted(state.actor.params, self._base(reference))
 
   def make_batch(
       self, state: TrainState, reference: Params,
@@ -211,7 +231,8 @@ class Learner:
         self._coefficients)
 
   def update(
-      self, state: TrainState, batch: types.Batch, key: jax.Array
+      self, state: TrainState, batch: types.Batch, key: jax.Array,
+      reference: Params | None = None,
   ) -> tuple[TrainState, Metrics]:
     """One learner step: every epoch and minibatch, in one program.
 
@@ -219,6 +240,7 @@ class Learner:
       state: donated.
       batch: from `make_batch`.
       key: orders the minibatches.
+      reference: from `freeze`; needed with `config.lora` only.
     """
     plans = None
     if self.config.packing:
@@ -232,40 +254,59 @@ class Learner:
               for i in range(self._minibatches)))
           for order in np.asarray(self._orders(key, size))))
     state, metrics = self._update(
-        sharding.on_device(state, donate=True), batch, key, plans,
-        self._coefficients)
+        sharding.on_device(state, donate=True), batch, key,
+        sharding.on_device(self._base(reference)), plans, self._coefficients)
     return jax.device_put(state, self.shardings), metrics
 
   # -- states ----------------------------------------------------------------
 
-  def _fresh(self, actor):
-    critic = qwen.init_critic(self._model, actor)
+  def _base(self, reference):
+    """What the adapters are added to; None where everything learns."""
+    return None if self._model.lora is None else reference
+
+  def _fresh(self, actor, key):
+    if self._model.lora is None:
+      critic = qwen.init_critic(self._model, actor)
+    else:
+      actor, trunk = (
+          lora.init(self._model.lora, actor, x) for x in jax.random.split(key))
+      critic = {
+          'trunk': trunk, 'head': jnp.zeros((self._model.embed,), jnp.float32)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         actor=policy.ModelState(actor, self._tx.init(actor)),
         critic=policy.ModelState(critic, self._tx.init(critic)))
 
   def _state_shardings(self):
+    key = jax.random.key(0)
     state = jax.eval_shape(
-        lambda: self._fresh(qwen.init(self._model, jax.random.key(0))))
+        lambda: self._fresh(qwen.init(self._model, key), key))
+    all_axes = qwen.axes(self._model)
+    if self._model.lora is not None:
+      adapters = lora.axes(self._model.lora, all_axes[0])
+      all_axes = adapters, {'trunk': adapters, 'head': all_axes[1]['head']}
     actor, critic = (
         policy.shardings(self._tx, model.params, axes, self.layout)
-        for model, axes in zip(
-            (state.actor, state.critic), qwen.axes(self._model)))
+        for model, axes in zip((state.actor, state.critic), all_axes))
     return TrainState(
         step=self.layout.replicated, actor=actor, critic=critic)
 
   # -- targets ---------------------------------------------------------------
 
-  def _values(self, params, tokens, places=None):
+  def _values(self, params, base, tokens, places=None):
+    variables = {'params': params}
+    if base is not None:
+      variables = {
+          'params': {'trunk': base, 'head': params['head']},
+          'lora': {'trunk': params['trunk']}}
     at, segments = places or (policy.positions(tokens), None)
-    values = self._critic.apply({'params': params}, tokens, at, segments)
+    values = self._critic.apply(variables, tokens, at, segments)
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
-  def _logprobs(self, params, tokens, temperature, places=None):
+  def _logprobs(self, params, base, tokens, temperature, places=None):
     return policy.next_token_logprobs(
-        self._actor, params, tokens, temperature, self.config.logprob_chunk,
-        places)
+        self._actor, _adapted(params, base), tokens, temperature,
+        self.config.logprob_chunk, places)
 
   def _rows(self, tree):
     """Arrays [B, ...] as the update splits them; decoding may differ."""
@@ -282,14 +323,15 @@ class Learner:
   def _targets(
       self, actor, critic, reference, trajectory, rewards, plan, c):
     trajectory, rewards = self._rows((trajectory, rewards))
-    mask = trajectory.loss_mask
+    mask, base = trajectory.loss_mask, self._base(reference)
 
     def forward(piece):
       tokens, places = piece
-      logprobs, _ = self._logprobs(actor, tokens, c['temperature'], places)
-      ref_logprobs, _ = self._logprobs(
-          reference, tokens, c['temperature'], places)
-      return logprobs, ref_logprobs, self._values(critic, tokens, places)
+      logprobs, ref_logprobs = (
+          self._logprobs(*params, tokens, c['temperature'], places)[0]
+          for params in ((actor, base), (reference, None)))
+      values = self._values(critic, base, tokens, places)
+      return logprobs, ref_logprobs, values
 
     if plan is None:
       pieces = self._minibatches * self._microbatches
@@ -331,10 +373,10 @@ class Learner:
 
   # -- update ----------------------------------------------------------------
 
-  def _actor_loss(self, params, piece, c):
+  def _actor_loss(self, params, base, piece, c):
     (batch, weights), places = piece
     logprobs, entropy = self._logprobs(
-        params, batch.tokens, c['temperature'], places)
+        params, base, batch.tokens, c['temperature'], places)
     loss, clipped = losses.policy_loss(
         logprobs, batch.logprobs, batch.advantages, c['clip_eps'])
     total = lambda x: jnp.sum(
@@ -347,9 +389,9 @@ class Learner:
         'ppo/approx_kl': total(losses.kl(batch.logprobs, logprobs, 'k3')),
     }
 
-  def _critic_loss(self, params, piece, c):
+  def _critic_loss(self, params, base, piece, c):
     (batch, weights), places = piece
-    values = self._values(params, batch.tokens, places)
+    values = self._values(params, base, batch.tokens, places)
     loss, clipped = losses.value_loss(
         values, batch.values, batch.returns, c['value_clip'])
     total = lambda x: jnp.sum(
@@ -360,15 +402,15 @@ class Learner:
         'critic/clip_fraction': total(clipped),
     }
 
-  def _improve(self, name, model, pieces, passes, count, c):
+  def _improve(self, name, model, base, pieces, passes, count, c):
     """One optimizer step of actor or critic on a minibatch's pieces."""
     loss = {'actor': self._actor_loss, 'critic': self._critic_loss}[name]
     grad = jax.grad(loss, has_aux=True)
     grads, metrics = _sum(
-        lambda piece: grad(model.params, piece, c), pieces, passes)
+        lambda piece: grad(model.params, base, piece, c), pieces, passes)
     # Whole sums of gradients would lie on every device otherwise.
     grads = jax.lax.with_sharding_constraint(
-        grads, getattr(self.shardings, name).params)
+        grads, getattr(self._working, name).params)
     rate = c[f'{name}_lr'] * jnp.minimum((count + 1) / c[f'{name}_ramp'], 1.0)
     prefix = 'ppo' if name == 'actor' else name
     return policy.apply_gradients(self._tx, model, grads, rate), metrics | {
@@ -381,7 +423,7 @@ class Learner:
         jax.random.permutation(key, size)
         for key in jax.random.split(key, self.config.epochs)])
 
-  def _ppo(self, state, batch, key, plans, c):
+  def _ppo(self, state, batch, key, base, plans, c):
     def minibatch(carry, x):
       actor, critic, count = carry
       if plans is None:
@@ -398,7 +440,8 @@ class Learner:
         pieces = self._packed((batch, weights), source)
       new, metrics = [], {}
       for name, model in (('actor', actor), ('critic', critic)):
-        model, found = self._improve(name, model, pieces, passes, count, c)
+        model, found = self._improve(
+            name, model, base, pieces, passes, count, c)
         new.append(model)
         metrics |= found
       return (*new, count + 1), metrics
@@ -422,6 +465,10 @@ class Learner:
       slots = rows * batch.tokens.shape[1] / self.config.epochs
     metrics['ppo/row_fill'] = tokens / slots
     return TrainState(state.step + 1, actor, critic), metrics
+
+
+def _adapted(params, base):
+  return params if base is None else lora.Adapted(base, params)
 
 
 def _rest(model):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from stepsearch import sharding
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.rl import losses
 
@@ -89,7 +90,7 @@ def next_token_logprobs(
 
   Args:
     model: the decoder.
-    params: its parameters.
+    params: its parameters, or a `lora.Adapted`.
     tokens: [B, T] int32, left-aligned, or packed.
     temperature: the logits are divided by it.
     chunk: positions of a row whose logits exist at a time.
@@ -100,10 +101,11 @@ def next_token_logprobs(
     logprobs and entropy, [B, T] float32, aligned with `tokens`; entry 0 is 0.
   """
   at, segments = places or (positions(tokens), None)
-  hidden, _ = model.apply({'params': params}, tokens, at, segments=segments)
+  variables = lora.variables(params)
+  hidden, _ = model.apply(variables, tokens, at, segments=segments)
   logprobs, entropy = losses.token_logprobs(
-      hidden[:, :-1], qwen.unembedding(params), tokens[:, 1:], temperature,
-      chunk, model.layout)
+      hidden[:, :-1], qwen.unembedding(variables['params']), tokens[:, 1:],
+      temperature, chunk, model.layout)
   shift = lambda x: jnp.pad(x, ((0, 0), (1, 0)))
   return shift(logprobs), shift(entropy)
 

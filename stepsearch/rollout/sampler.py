@@ -28,6 +28,7 @@ import numpy as np
 
 from stepsearch import sharding
 from stepsearch.models import cache as cache_lib
+from stepsearch.models import lora
 from stepsearch.models import qwen
 
 # Why a row is not decoding.
@@ -114,9 +115,10 @@ class Sampler:
 
     In the computation's dtype, but for the scales of the norms, which are
     multiplied in float32; laid out for decoding, so that no step gathers
-    weights; layers unrolled or stacked.
+    weights; layers unrolled or stacked. The adapters of a `lora.Adapted` are
+    merged; what lies in host memory is on the device while it is copied.
     """
-    return _weights(self, params)
+    return _weights(self, sharding.on_device(params))
 
   def empty(self, size: int) -> State:
     """Slots without episodes, of `size` positions."""
@@ -259,6 +261,8 @@ def _shrink(sampler, state, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weights(sampler, params):
+  if isinstance(params, lora.Adapted):
+    params = lora.merge(sampler.model.lora, params, sampler.model.dtype)
   params = jax.lax.with_sharding_constraint(
       qwen.compact(sampler.model, params),
       sampler.layout.place(qwen.axes(sampler.model)[0]))
