@@ -3,8 +3,10 @@
     4  entry points (the rest of stepsearch/*.py): the only readers of configs
     3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
-    1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages
-    0  types, sharding, tokenizer, preemption, distributed; below all, paths
+    1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
+       costs
+    0  types, sharding, tokenizer, preemption, distributed, topology, hlo; below
+       all, paths
 
 Downward only. Inside a layer, only siblings of one package see each other, and
 entry points may read `assembly`, `config` and `report`.
@@ -20,9 +22,9 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _LAYERS = {
     'paths': -1,
     'types': 0, 'sharding': 0, 'tokenizer': 0, 'preemption': 0,
-    'distributed': 0,
+    'distributed': 0, 'hlo': 0, 'topology': 0,
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
-    'protocol': 1, 'passages': 1,
+    'protocol': 1, 'passages': 1, 'costs': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
     'rl.policy': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,
