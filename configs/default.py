@@ -12,6 +12,7 @@ def get_config(arg=''):
   config.num_steps = 500
   config.batch_size = 256  # episodes a step
   config.rollouts_per_question = 1
+  config.topology = ''  # TPU slice that the rest is made for, in chips: v5e:4x4
   config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1: what is left
   # The axes of the mesh that split each kind of dimension: of weights,
   # optimizer and batches in the update, of weights and cache in decoding.

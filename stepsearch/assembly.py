@@ -81,11 +81,14 @@ def tune_host() -> None:
 
   On a machine without an accelerator XLA takes and gives back its buffers at
   every call, and the kernel hands out fresh pages each time. Told to keep them,
-  malloc makes the tiny run a quarter faster.
+  malloc makes the tiny run a quarter faster. The TPU compiler, where it is
+  installed (`stepsearch.compile`), is told that it is not needed.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
   if any(glob.glob(f'/dev/{name}') for name in ('nvidia*', 'accel*', 'vfio')):
     return
+  if importlib.util.find_spec('libtpu') and not jax.config.jax_platforms:
+    jax.config.update('jax_platforms', 'cpu')
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # glibc only
   if mallopt is not None:
     trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
@@ -140,21 +143,15 @@ def build(
       else protocol_lib.Protocol())
   pretrained = _pretrained(config, workdir, training, card)
   tokenizer = _tokenizer(config, world, pretrained)
-  model = _model(config, tokenizer, (update, decode), pretrained)
+  made = _machinery(
+      config, update, decode, pretrained, tokenizer.vocab_size, training)
+  model = made.model
   if pretrained is not None:
     say(f'{pretrained.path}: {model.layers} layers of {model.embed}, '
         f'{model.heads} heads ({model.kv_heads} kv), {model.vocab_size:,} '
         f'tokens, computed in {model.dtype}')
-  trainer = learner.Learner(
-      model,
-      learner.Config(
-          temperature=config.rollout.temperature, **config.ppo.to_dict()),
-      update, config.batch_size, config.num_steps,
-      config.offload) if training else None
-  rollout = config.rollout.to_dict()
-  del rollout['protocol']
   collector = collect.Collector(
-      model, collect.Config(**rollout), tokenizer, protocol,
+      model, made.rollout, tokenizer, protocol,
       lambda queries, k: engine.search(queries, k), decode, on_tick)
   collector.prepare(example.question for example in (*train, *held_out))
 
@@ -174,7 +171,7 @@ def build(
       config=config, update=update, decode=decode, tokenizer=tokenizer,
       protocol=protocol,
       world=world, train=train, eval=held_out, retriever=engine, model=model,
-      pretrained=pretrained, learner=trainer, collect=collector,
+      pretrained=pretrained, learner=made.learner, collect=collector,
       score=_by_all(_score(config, reward, engine), decode))
 
 
@@ -199,6 +196,54 @@ def retriever(
   else:
     corpus = datasets.read_corpus(config.data.corpus)
   return _retriever(config, corpus, c.directory, say)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machinery:
+  """The part of a run that is compiled; needs no data."""
+
+  update: sharding.Layout
+  decode: sharding.Layout
+  model: qwen.Config
+  learner: learner.Learner | None  # None where nothing is trained
+  rollout: collect.Config
+
+
+def machinery(
+    config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
+) -> Machinery:
+  """What `build` would make for these devices, which need not be there.
+
+  Raises:
+    ValueError: as of `build`; no config.model says how many tokens there are.
+  """
+  _check(config, True, None)
+  update, decode = layouts(config, devices)
+  _check_rows(config, update, decode, True)
+  pretrained = None
+  if config.model.pretrained:
+    pretrained = folder_lib.Folder(config.model.pretrained)
+  config_lib.require(
+      pretrained is not None or config.model.vocab_size, 'model.vocab_size',
+      config.model.vocab_size,
+      'it follows from a tokenizer, and none is read here: give the number, '
+      '151936 for Qwen2.5 up to 3B, or a config.model.pretrained.')
+  return _machinery(config, update, decode, pretrained, 0, True)
+
+
+def _machinery(config, update, decode, pretrained, tokens, training):
+  model = _model(config, tokens, (update, decode), pretrained)
+  rollout = config.rollout.to_dict()
+  del rollout['protocol']
+  return Machinery(
+      update, decode, model,
+      learner.Learner(
+          model,
+          learner.Config(
+              temperature=config.rollout.temperature, **config.ppo.to_dict()),
+          update, config.batch_size, config.num_steps,
+          config.offload) if training else None,
+      collect.Config(**rollout))
 
 
 def parameters(parts: Parts, key: jax.Array) -> Any:
@@ -417,26 +462,25 @@ def _pretrained(config, workdir, training, card) -> folder_lib.Folder | None:
   return folder_lib.Folder(root / 'model') if begun else folder
 
 
-def _model(config, tokenizer, layouts, pretrained) -> qwen.Config:
+def _model(config, tokens, layouts, pretrained) -> qwen.Config:
   sizes = config.model.to_dict()
   del sizes['pretrained']
   if pretrained is not None:
     model = hf.read_config(pretrained)
-    if model.vocab_size < tokenizer.vocab_size:
+    if model.vocab_size < tokens:
       raise ValueError(
-          f'the tokenizer has {tokenizer.vocab_size} tokens and the embedding '
-          f'of {pretrained.path} {model.vocab_size} rows: take the tokenizer '
+          f'the tokenizer has {tokens} tokens and the embedding of '
+          f'{pretrained.path} {model.vocab_size} rows: take the tokenizer '
           'that came with the model (config.tokenizer = \'\').')
     sizes = dataclasses.asdict(model) | dict(
         rope_scaling=model.rope_scaling,
         **{name: sizes[name] for name in ('dtype', 'remat', 'attention')})
   if not sizes['vocab_size']:
     parts = math.lcm(*(layout.size('vocab') for layout in layouts))
-    sizes['vocab_size'] = -(-tokenizer.vocab_size // parts) * parts
+    sizes['vocab_size'] = -(-tokens // parts) * parts
   config_lib.require(
-      sizes['vocab_size'] >= tokenizer.vocab_size, 'model.vocab_size',
-      sizes['vocab_size'],
-      f'the tokenizer has {tokenizer.vocab_size} tokens, and a model needs a '
+      sizes['vocab_size'] >= tokens, 'model.vocab_size', sizes['vocab_size'],
+      f'the tokenizer has {tokens} tokens, and a model needs a '
       "row for every token; 0 takes the tokenizer's number.")
   longest = sizes.setdefault('max_length', config.rollout.max_length)
   scaling = sizes.get('rope_scaling')

@@ -200,19 +200,16 @@ def restore_actor(
   directory = _absolute(directory)
   all_axes = qwen.axes(model)[0]
   shapes = jax.eval_shape(lambda: qwen.init(model, jax.random.key(0)))
-  laid_out = lambda tree, axes: jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree, layout.place(axes))
-  whole = laid_out(shapes, all_axes)
+  whole = sharding.shapes(shapes, layout.place(all_axes))
 
   run = restore(directory, None, step)[1]['model']
   adapters = run.get('lora') and lora.Config(**run['lora'])
   like = whole
   if adapters:
-    like = laid_out(
+    like = sharding.shapes(
         jax.eval_shape(
             lambda: lora.init(adapters, shapes, jax.random.key(0))),
-        lora.axes(adapters, all_axes))
+        layout.place(lora.axes(adapters, all_axes)))
   state, metadata = restore(
       directory, {'actor': {'params': like}}, step, partial=True)
   params = state['actor']['params']

@@ -229,6 +229,13 @@ def rules(table: Mapping[str, Sequence[str]], field: str) -> Rules:
   return tuple(sorted((name, tuple(axes)) for name, axes in table.items()))
 
 
+def shapes(tree: Any, shardings: Any) -> Any:
+  """Arrays, or their shapes, as `jax.ShapeDtypeStruct`s that are laid out."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree, shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -181,9 +181,7 @@ class _Run:
       self._write(root / 'before.json', json.dumps(found, indent=2))
       self._save(found['greedy'])
     else:
-      like = jax.tree.map(
-          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-          jax.eval_shape(learner.init, self._init_key), learner.shardings)
+      like = learner.shapes
       self.state, _ = self._store.restore(like)
       self._reference = learner.freeze(checkpoints.restore_once(
           root / 'reference', _step_zero_like(self._parts)))
@@ -403,8 +401,7 @@ def _step_zero(parts, root, key, progress, timer, stop):
 
 def _step_zero_like(parts):
   """Shapes and shardings of what is stored of step 0."""
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+  return sharding.shapes(
       jax.eval_shape(lambda: qwen.init(parts.model, jax.random.key(0))),
       parts.update.place(qwen.axes(parts.model)[0]))
 

@@ -14,7 +14,7 @@ left over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -45,6 +45,9 @@ FAMILIES = (
      ' answer the query\nQuery:', '', 'lasttoken'),
 )
 _DECODERS = ('qwen2', 'qwen3', 'llama')
+# The shape of E5-base-v2, which search agents are mostly trained with.
+E5_BASE = encoder.Config(
+    vocab_size=30522, embed=768, layers=12, heads=12, mlp=3072, positions=512)
 # Tokens a device and batch. A CPU gains nothing from more of them, and texts
 # that share a batch of queries then differ in length: a quarter is padding.
 _TOKENS = {'cpu': 512}
@@ -141,6 +144,44 @@ def _vectors(module, pooling, params, tokens, lengths):
     )
     hidden, _ = module.apply({'params': params}, tokens, positions)
   return encoder.pool(hidden, lengths, pooling)
+
+
+def lower(
+    path: str | os.PathLike[str] | None, devices: Sequence[Any]
+) -> tuple[Any, Callable[[], Any]]:
+  """A full batch of the longest texts, for devices that need not be there.
+
+  Args:
+    path: as of `load`; None: the shape of E5-base-v2.
+    devices: of one process.
+
+  Returns:
+    The parameters as shapes with shardings, and what gives the
+    `jax.stages.Lowered`.
+  """
+  layout = sharding.Layout(sharding.make_mesh(devices=devices))
+  module, pooling, length = encoder.Bert(E5_BASE), 'mean', E5_BASE.positions
+  if path is not None:
+    folder = folder_lib.Folder(path)
+    if folder.config.get('model_type') in _DECODERS:
+      config = dataclasses.replace(
+          hf.read_config(folder), tie_embeddings=True)
+      module, length = qwen.Qwen(config), config.max_length
+      pooling = 'lasttoken'
+    else:
+      config = encoder.read_config(folder)
+      module, length = encoder.Bert(config), config.positions
+    length = min(_max_length(folder) or length, length)
+  init = encoder.init if isinstance(module, encoder.Bert) else qwen.init
+  shapes = jax.eval_shape(lambda: init(module.config, jax.random.key(0)))
+  params = sharding.shapes(
+      shapes, jax.tree.map(lambda _: layout.replicated, shapes))
+  rows = layout.shards * max(_TOKENS_ELSEWHERE // length, 1)
+  tokens, lengths = (
+      jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.rows)
+      for shape in ((rows, length), (rows,)))
+  return params, lambda: _vectors.lower(
+      module, pooling, params, tokens, lengths)
 
 
 def _width(length: int) -> int:

@@ -10,7 +10,7 @@ to the frozen reference. One compiled function each; `update` donates its state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -109,6 +109,8 @@ class Learner:
       `state`.
     shardings: a `TrainState` of `NamedSharding`s: where a state lies between
       calls, in host memory for what is offloaded.
+    shapes: a `TrainState` of shapes with these.
+    reference_shapes: of the frozen policy, likewise.
   """
 
   def __init__(
@@ -160,12 +162,18 @@ class Learner:
     self._init = jax.jit(
         lambda key: self._fresh(qwen.init(model, key), key),
         out_shardings=self._working)
+    self.shapes = sharding.shapes(
+        jax.eval_shape(self._init, jax.random.key(0)), self.shardings)
     # Copied: what jit passes through would share the caller's buffers, and
     # `update` donates them.
     self._freeze = jax.jit(
         lambda actor: qwen.compact(
             model, jax.tree.map(jnp.copy, actor)),
         out_shardings=self._whole)
+    self.reference_shapes = sharding.shapes(
+        jax.eval_shape(
+            lambda: self._freeze(qwen.init(model, jax.random.key(0)))),
+        self._resting)
     self._start = jax.jit(
         lambda actor, key: self._fresh(jax.tree.map(jnp.copy, actor), key),
         out_shardings=self._working)
@@ -221,10 +229,9 @@ class Learner:
     """
     plan = None
     if self.config.packing:
-      size, width = trajectory.tokens.shape
-      plan = packing.plan(
-          np.asarray(self._lengths(trajectory.token_mask)), range(size), width,
-          self.config.microbatch_size, self._minibatches * self._microbatches)
+      plan = self._plan(
+          np.asarray(self._lengths(trajectory.token_mask)),
+          trajectory.tokens.shape[1])
     return self._make_batch(
         state.actor.params, state.critic.params,
         sharding.on_device(reference), trajectory, rewards, plan,
@@ -245,18 +252,67 @@ class Learner:
     plans = None
     if self.config.packing:
       size, width = batch.tokens.shape
-      lengths = np.asarray(self._lengths(batch.token_mask))
-      plans = jax.tree.map(lambda *x: np.stack(x), *(
-          jax.tree.map(lambda *x: np.stack(x), *(
-              packing.plan(
-                  lengths, order[i::self._minibatches], width,
-                  self.config.microbatch_size, self._microbatches)
-              for i in range(self._minibatches)))
-          for order in np.asarray(self._orders(key, size))))
+      plans = self._plans(
+          np.asarray(self._lengths(batch.token_mask)), width,
+          np.asarray(self._orders(key, size)))
     state, metrics = self._update(
         sharding.on_device(state, donate=True), batch, key,
         sharding.on_device(self._base(reference)), plans, self._coefficients)
     return jax.device_put(state, self.shardings), metrics
+
+  def lower(
+      self, trajectory: types.Trajectory
+  ) -> dict[str, Callable[[], Any]]:
+    """`make_batch` and `update` for devices that need not be there.
+
+    Args:
+      trajectory: of shapes [B, T] with shardings; all rows count as full, so
+        that packing saves nothing.
+
+    Returns:
+      by name, what gives a `jax.stages.Lowered`: `logprobs` and `update`.
+    """
+    size, width = trajectory.tokens.shape
+    lengths, order = np.full(size, width), np.arange(size)
+    float32 = jax.ShapeDtypeStruct(
+        (size, width), jnp.float32, sharding=self.layout.rows)
+    batch = types.Batch(*(float32,) * len(dataclasses.fields(types.Batch)))
+    batch = batch.replace(tokens=jax.ShapeDtypeStruct(
+        (size, width), jnp.int32, sharding=self.layout.rows))
+    # What is offloaded is brought back before the programs start.
+    state = sharding.shapes(self.shapes, self._working)
+    reference = sharding.shapes(self.reference_shapes, self._whole)
+    plan = plans = None
+    if self.config.packing:
+      plan = self._plan(lengths, width)
+      plans = self._plans(
+          lengths, width, np.stack([order] * self.config.epochs))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {
+        'logprobs': lambda: self._make_batch.lower(
+            state.actor.params, state.critic.params, reference, trajectory,
+            float32, plan, self._coefficients),
+        'update': lambda: self._update.lower(
+            state, batch, key, self._base(reference), plans,
+            self._coefficients),
+    }
+
+  def _plan(self, lengths, width):
+    """How `make_batch` packs all rows."""
+    return packing.plan(
+        lengths, range(len(lengths)), width, self.config.microbatch_size,
+        self._minibatches * self._microbatches)
+
+  def _plans(self, lengths, width, orders):
+    """How `update` packs the rows of every epoch and minibatch."""
+    stack = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)
+    return stack(
+        stack(
+            packing.plan(
+                lengths, order[i::self._minibatches], width,
+                self.config.microbatch_size, self._microbatches)
+            for i in range(self._minibatches))
+        for order in orders)
 
   # -- states ----------------------------------------------------------------
 

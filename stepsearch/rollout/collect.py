@@ -61,6 +61,80 @@ _WORTH_SHARING = 16  # tokens
 _FEWEST = 8  # slots of a shard
 
 
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """Few widths and sizes, for each is compiled; all ascending."""
+
+  prompts: tuple[int, ...]  # tokens a row that a start feeds
+  observations: tuple[int, ...]  # tokens a row that an append feeds
+  cache: tuple[int, ...]  # positions
+  length: int  # of a trajectory's arrays, at most
+  feed: int  # tokens a shard that a call feeds
+
+  @classmethod
+  def of(
+      cls, config: Config, model: qwen.Config, layout: sharding.Layout
+  ) -> Shapes:
+    """Those of a rollout."""
+    prompts = [config.prompt_length]
+    while prompts[0] > 16:
+      prompts.insert(0, max(_bucket(prompts[0] // 4, 8), 16))
+    observations = _quarters(config.observation_length, 8)
+    length = _bucket(config.max_length, config.length_multiple)
+    # What is fed is written whole, padding included.
+    longest = length + max(prompts[-1], observations[-1])
+    return cls(
+        tuple(prompts), tuple(observations),
+        tuple(_quarters(longest, 128 if longest > 1024 else 8)), length,
+        # Scores over the cache are held in float32: a gigabyte at most.
+        min(_FEED.get(layout.platform, _FEED_ELSEWHERE),
+            2**28 // (longest * model.heads)))
+
+  def rows(self, width: int, local: int) -> int:
+    """Rows of a shard of `local` slots that a call feeds `width` tokens."""
+    return max(1, min(local // sampler_lib.WAITING, self.feed // width))
+
+
+def sampler(
+    config: Config, model: qwen.Config, layout: sharding.Layout, episodes: int,
+    eos_ids: tuple[int, ...],
+) -> sampler_lib.Sampler:
+  """What plays so many episodes."""
+  return sampler_lib.Sampler(
+      model=model, layout=layout,
+      slots=_bucket(min(config.slots or episodes, episodes), layout.shards),
+      eos_ids=eos_ids, top_k=config.top_k, top_p=config.top_p)
+
+
+def lower(
+    config: Config, model: qwen.Config, layout: sharding.Layout, episodes: int,
+    params: Any, shared: int, eos_ids: tuple[int, ...] = (0,),
+) -> dict[str, Callable[[], Any]]:
+  """The programs of a rollout, as of `Sampler.lower`, with the widest calls.
+
+  Args:
+    config: the leaves of `config.rollout`.
+    model: the decoder's sizes.
+    layout: of decoding.
+    episodes: of one call of a collector.
+    params: what a collector takes: shapes with shardings.
+    shared: tokens that all prompts begin with.
+    eos_ids: of the tokenizer.
+  """
+  plays = sampler(config, model, layout, episodes, eos_ids)
+  shapes = Shapes.of(config, model, layout)
+  calls = {
+      name: (shapes.rows(widths[-1], plays.slots // plays.shards)
+             * plays.shards, widths[-1])
+      for name, widths in (
+          ('prompt', shapes.prompts), ('observation', shapes.observations))}
+  # Its states follow from the tags alone.
+  states, _ = protocol_lib.stop_table([b'']).next_state.shape
+  return plays.lower(
+      params, jax.ShapeDtypeStruct((states, model.vocab_size), np.int8),
+      sizes=shapes.cache, steps=config.chunk, shared=shared, **calls)
+
+
 class Collector:
   """Rolls out questions; one instance per model shape and tokenizer."""
 
@@ -94,18 +168,7 @@ class Collector:
     self._layout = layout
     self._on_tick = on_tick or (lambda: None)
     self._model = model
-    self._feed = _FEED.get(layout.platform, _FEED_ELSEWHERE)
-    # Few widths and sizes, for each is compiled.
-    self._prompts = [config.prompt_length]
-    while self._prompts[0] > 16:
-      self._prompts.insert(0, max(_bucket(self._prompts[0] // 4, 8), 16))
-    self._observations = _quarters(config.observation_length, 8)
-    length = _bucket(config.max_length, config.length_multiple)
-    # What is fed is written whole, padding included.
-    longest = length + max(self._prompts[-1], self._observations[-1])
-    self._sizes = _quarters(longest, 128 if longest > 1024 else 8)
-    # Scores over the cache are held in float32: a gigabyte of them at most.
-    self._feed = min(self._feed, 2**28 // (longest * model.heads))
+    self._shapes = Shapes.of(config, model, layout)
     table = protocol_lib.stop_table(
         tokenizer.byte_strings, model.vocab_size).next_state
     self._table = sharding.put(table, layout.replicated)
@@ -203,16 +266,14 @@ class _Play:
   def __init__(self, collector, params, prompts, key, first_episode, greedy):
     c = self._c = collector
     config = self._config = c.config
-    shards = c._layout.shards
-    count = _bucket(min(config.slots or len(prompts), len(prompts)), shards)
-    self._sampler = sampler_lib.Sampler(
-        model=c._model, layout=c._layout, slots=count,
-        eos_ids=c._tokenizer.eos_ids, top_k=config.top_k, top_p=config.top_p)
-    self._local = count // shards  # slots of a shard
+    self._sampler = sampler(
+        config, c._model, c._layout, len(prompts), c._tokenizer.eos_ids)
+    count = self._sampler.slots
+    self._local = count // self._sampler.shards  # slots of a shard
     self._fewer = [
         n for part in (4, 3, 2, 1.5, 1)
         if (n := int(self._local * part / 8)) >= _FEWEST]
-    self._widths = c._observations
+    self._widths = c._shapes.observations
     self._decoding = dict(
         table=c._table, key=key, temperature=config.temperature,
         steps=config.chunk, greedy=greedy)
@@ -228,7 +289,7 @@ class _Play:
     self._due: collections.deque = collections.deque()
     self._flying: collections.deque = collections.deque()
     self._tick = 0
-    width = _bucket(config.max_length, config.length_multiple)
+    width = c._shapes.length
     self._tokens = np.full(
         (len(prompts), width), c._tokenizer.pad_id, np.int32)
     self._logprobs = np.zeros((len(prompts), width), np.float32)
@@ -240,7 +301,7 @@ class _Play:
     start = time.perf_counter()
     self._params = jax.block_until_ready(self._sampler.weights(params))
     self._weights_time = time.perf_counter() - start
-    self._size = c._sizes[0]
+    self._size = c._shapes.cache[0]
     self._state = self._sampler.empty(self._size)
     self._prefix = None
     if len(c._prefix):
@@ -294,7 +355,7 @@ class _Play:
       self._run(episode)
     for rows in self._calls(copies, (1,)):
       self._state = self._sampler.fork(self._state, rows)
-    for rows in self._calls(starts, self._c._prompts):
+    for rows in self._calls(starts, self._c._shapes.prompts):
       self._state = self._sampler.start(
           self._params, self._state, rows, self._prefix)
     for rows in self._calls(copies_of_starts, (1,)):
@@ -353,8 +414,8 @@ class _Play:
     self._sampler, self._state = self._sampler.shrink(
         self._state, np.asarray(rows, np.int32))
     # With fewer slots there is one size and one width, to compile less.
-    self._reserve(self._c._sizes[-1])
-    self._widths = self._c._observations[-1:]
+    self._reserve(self._c._shapes.cache[-1])
+    self._widths = self._c._shapes.observations[-1:]
 
   def decode(self) -> None:
     """Dispatches the next chunk, if a row may be running."""
@@ -505,7 +566,7 @@ class _Play:
   def _reserve(self, size) -> None:
     """Lets the cache grow to a size that is compiled for."""
     if size > self._size:
-      self._size = _rung(self._c._sizes, size)
+      self._size = _rung(self._c._shapes.cache, size)
       self._state = self._sampler.grow(self._state, self._size)
 
   def _calls(self, fed, widths) -> Iterator[sampler_lib.Rows]:
@@ -515,8 +576,7 @@ class _Play:
       groups[_rung(widths, len(row[1]))][row[0] // self._local].append(row)
     shards = range(len(self._slots) // self._local)
     for width, waiting in sorted(groups.items()):
-      most = max(1, min(
-          self._local // sampler_lib.WAITING, self._c._feed // width))
+      most = self._c._shapes.rows(width, self._local)
       while any(waiting.values()):
         rows, size = [], 0
         for shard in shards:

@@ -17,6 +17,7 @@ been completed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -212,6 +213,77 @@ class Sampler:
         self, steps, params, state, table, key,
         jnp.float32(temperature), jnp.bool_(greedy))
 
+  def lower(
+      self, params: Any, table: Any, *, sizes: Sequence[int], steps: int,
+      shared: int, prompt: tuple[int, int], observation: tuple[int, int],
+  ) -> dict[str, Callable[[], Any]]:
+    """The programs of a rollout, for devices that need not be there.
+
+    Args:
+      params: what `weights` takes: shapes with shardings.
+      table: the stop table's shape.
+      sizes: positions of the cache; the last two, largest, count.
+      steps: K of `decode`.
+      shared: P of `prefix`, 0: none.
+      prompt: n and C of `start`.
+      observation: n and C of `append`.
+
+    Returns:
+      by name, what gives a `jax.stages.Lowered`: `weights`, `grow`, `prefill`,
+      `append` and `decode`, each with the largest cache.
+    """
+
+    def rows(count, width):
+      array = lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype)
+      number = array(np.int32)
+      return Rows(
+          slot=number, active=array(bool), tokens=array(np.int32, width),
+          count=number, budget=number, episode=number, shared=number,
+          source=number)
+
+    weights = self.weight_shapes()
+    smaller, state = map(self.state_shapes, sizes[-2:])
+    prefix = None
+    if shared:
+      prefix = sharding.shapes(
+          jax.eval_shape(
+              lambda: qwen.empty_cache(self.model, 1, shared, self.unrolled)),
+          _entries(self, None))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    table = jax.ShapeDtypeStruct(
+        table.shape, table.dtype, sharding=self.layout.replicated)
+    return {
+        'weights': lambda: _weights.lower(self, params),
+        'grow': lambda: _grow.lower(self, sizes[-1], smaller),
+        'prefill': lambda: _start.lower(
+            self, weights, state, rows(*prompt), prefix),
+        'append': lambda: _append.lower(
+            self, weights, state, rows(*observation)),
+        'decode': lambda: _decode.lower(
+            self, steps, weights, state, table, key, jnp.float32(1),
+            jnp.bool_(False)),
+    }
+
+  def weight_shapes(self) -> Any:
+    """What `weights` gives, as shapes with shardings."""
+    shapes = sharding.shapes(
+        jax.eval_shape(lambda: qwen.compact(
+            self.model, qwen.init(self.model, jax.random.key(0)))),
+        self.layout.place(qwen.axes(self.model)[0]))
+    if not self.unrolled:
+      return shapes
+    layer = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape[1:], x.dtype, sharding=jax.NamedSharding(
+                self.layout.mesh, jax.P(*x.sharding.spec[1:]))),
+        shapes['layers'])
+    return shapes | {'layers': (layer,) * self.model.layers}
+
+  def state_shapes(self, size: int) -> State:
+    """What `empty` gives, as shapes with shardings."""
+    return sharding.shapes(
+        jax.eval_shape(lambda: _empty(self, size)), _layout(self))
+
   def _feed(self, params, tokens, cache, start, rows=None, fresh=False):
     return qwen.feed(
         self.model, self.layout, params, tokens, cache, start, rows,
@@ -221,13 +293,18 @@ class Sampler:
 def _layout(sampler) -> State:
   """`NamedSharding`s of a state."""
   rows = sampler.layout.rows
-  axes = ('batch', 'kv_heads', None, None)
+  return State(
+      rows, rows, rows, rows, rows, rows, _entries(sampler, 'batch'))
+
+
+def _entries(sampler, rows: str | None) -> cache_lib.Cache:
+  """`NamedSharding`s of a cache whose rows are split, or one row."""
+  axes = (rows, 'kv_heads', None, None)
   if sampler.unrolled:
     entries = (sampler.layout.named(*axes),) * sampler.model.layers
   else:
     entries = sampler.layout.named(None, *axes)
-  return State(
-      rows, rows, rows, rows, rows, rows, cache_lib.Cache(entries, entries))
+  return cache_lib.Cache(entries, entries)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -272,9 +349,10 @@ def _weights(sampler, params):
 @functools.partial(jax.jit, static_argnums=0)
 def _prefix(sampler, params, tokens):
   cache = qwen.empty_cache(sampler.model, 1, tokens.shape[0], sampler.unrolled)
-  return qwen.feed(  # one row, the same on all devices
+  _, cache = qwen.feed(  # one row, the same on all devices
       sampler.model, sampler.layout, params, tokens[None], cache,
-      jnp.zeros((1,), jnp.int32), fresh=True)[1]
+      jnp.zeros((1,), jnp.int32), fresh=True)
+  return jax.lax.with_sharding_constraint(cache, _entries(sampler, None))
 
 
 def _resume(state, rows, pending, length, cache, episode=None):
