@@ -87,13 +87,13 @@ class _Run:
     try:
       self.client.key_value_set_bytes(key(self.index), pickle.dumps(value))
       while missing := [i for i in everyone if i not in found]:
-        if self.broken:
-          raise ValueError(self.broken)
-        late = time.monotonic() > deadline
+        late, broken = time.monotonic() > deadline, self.broken
         for i in missing if late else missing[:1]:
           got = self._get(key(i))
           if got is not None:
             found[i] = pickle.loads(got)
+          elif broken:
+            raise ValueError(broken)
         if late and missing == [i for i in everyone if i not in found]:
           raise ValueError(
               f'{" and ".join(map(self.name, missing))} did not arrive at '

@@ -4,19 +4,41 @@ from concurrent import futures
 import contextlib
 import json
 import pathlib
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from stepsearch import config as config_lib
 from stepsearch import distributed
+from stepsearch import metrics
 from stepsearch import paths
+from stepsearch import train
 
 _ROOT = pathlib.Path(__file__).parents[1]
+
+
+SMALL = (
+    'num_steps=4', 'batch_size=8', 'tensorboard=false', 'mesh=(4, 2, 1)',
+    'model.embed=32', 'model.layers=1', 'model.heads=2', 'model.kv_heads=1',
+    'model.head_dim=16', 'model.mlp=32', 'world.train_entities=24',
+    'world.eval_entities=16', 'world.name_words=8', 'data.train_questions=40',
+    'data.eval_questions=10', 'retriever.dimensions=128',
+    'ppo.minibatch_size=8', 'ppo.microbatch_size=8', 'warmup.steps=12',
+    'warmup.learning_rate=3e-2', 'warmup.batch_size=16',
+    'demonstrations.count=40', 'rollout.lag=1',
+    'rollout.length_multiple=288', 'eval.every=4',
+    'eval.sampled=false', 'eval.batch_size=8', 'checkpoint.every=2')
+# Of the machine.
+_UNREPEATABLE = ('time/', 'rollout/tokens_per_s')
 
 
 def _port():
@@ -24,26 +46,58 @@ def _port():
     return server.getsockname()[1]
 
 
-def _start(arguments, devices=1, **environment):
-  """One process; its output is collected by `_end`."""
-  flags = (f'--xla_force_host_platform_device_count={devices} '
-           '--xla_cpu_use_fusion_emitters=false')
-  return subprocess.Popen(
-      [sys.executable, *arguments], cwd=_ROOT, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env={'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu',
-           'XLA_FLAGS': flags, **environment})
+class _Pair:
+  """Two processes of four devices; their output goes to files."""
 
+  def __init__(self, folder, arguments, flags=True, compiled=None):
+    port = _port()
+    environment = {
+        'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu', 'HOME': str(folder),
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=4 '
+                     '--xla_cpu_use_fusion_emitters=false'}
+    if compiled is not None:  # as the suite does, see conftest.py
+      environment |= {
+          'JAX_COMPILATION_CACHE_DIR': str(compiled),
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+          'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    self._files = [
+        [folder / f'{kind}{i}.txt' for kind in ('out', 'err')]
+        for i in range(2)]
+    self.processes = []
+    for i, (out, err) in enumerate(self._files):
+      own = [f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
+             f'--process_id={i}'] if flags else [str(port), str(i)]
+      self.processes.append(subprocess.Popen(
+          [sys.executable, *arguments, *own], cwd=_ROOT, env=environment,
+          stdout=out.open('w'), stderr=err.open('w')))
 
-def _end(processes, timeout=120):
-  """(exit code, stdout, stderr) of each."""
-  with contextlib.ExitStack() as stack:
-    for process in processes:
-      stack.callback(process.kill)
-    with futures.ThreadPoolExecutor() as pool:
-      outputs = list(pool.map(
-          lambda p: p.communicate(timeout=timeout), processes))
-    return [(p.returncode, *texts) for p, texts in zip(processes, outputs)]
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def said(self, index):
+    """stdout and stderr so far, but for what gloo says."""
+    return [
+        ''.join(line for line in file.read_text().splitlines(True)
+                if not line.startswith('[Gloo]'))
+        for file in self._files[index]]
+
+  def until(self, line, seconds=400):
+    """Returns once process 0 has printed the line."""
+    deadline = time.monotonic() + seconds
+    while line not in self.said(0)[0]:
+      assert self.processes[0].poll() is None, self.said(0)
+      assert time.monotonic() < deadline, self.said(0)
+      time.sleep(0.1)
+
+  def codes(self, seconds=400):
+    """Waits for the end of both."""
+    return [process.wait(seconds) for process in self.processes]
 
 
 # -- one process ---------------------------------------------------------------
@@ -90,6 +144,15 @@ def test_an_environment_that_says_nothing_is_refused(monkeypatch):
   with pytest.raises(ValueError, match='--process_id.* leave one or the oth'):
     with distributed.joined(None, None, 1, automatic=True):
       pass
+
+
+def test_an_environment_says_who_is_who(monkeypatch):
+  for name, value in {
+      'JOB_ID': '4711', 'STEP_NODELIST': 'node[03-05]', 'NTASKS': '3',
+      'PROCID': '2', 'LOCALID': '0', 'STEP_NUM_NODES': '3'}.items():
+    monkeypatch.setenv(f'SLURM_{name}', value)
+  coordinator, *numbers = distributed._arguments(None, None, None, True, 5)
+  assert coordinator.startswith('node03:') and numbers == [3, 2]
 
 
 # -- meeting -------------------------------------------------------------------
@@ -175,7 +238,7 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
 # -- two processes -------------------------------------------------------------
 
 
-def _talk(port, index, folder):
+def _talk(folder, port, index):
   """What each of two processes runs; prints a JSON list of what it saw."""
   index, folder = int(index), paths.Path(folder)
   seen = []
@@ -219,6 +282,7 @@ def _talk(port, index, folder):
       refused(distributed.barrier, 'late', 20)
     else:
       refused(distributed.barrier, 'late', 1)
+    refused(train.train, _config(f'seed={index}'), str(folder / 'run'))
     # A failure of one is told to the other, wherever it waits.
     print(json.dumps(seen), flush=True)
     if index:
@@ -229,17 +293,14 @@ def _talk(port, index, folder):
 
 
 def test_two_processes_talk_agree_and_fail_together(tmp_path):
-  port = _port()
-  start = time.monotonic()
-  zero, one = _end([
-      _start(['-c', 'import sys; from tests import distributed_test as t; '
-              't._talk(*sys.argv[1:])', str(port), str(i), str(tmp_path)])
-      for i in range(2)])
-  assert time.monotonic() - start < 60
+  code = ('import sys; from tests import distributed_test as t; '
+          't._talk(*sys.argv[1:])')
+  with _Pair(tmp_path, ['-c', code, str(tmp_path)], flags=False) as pair:
+    assert pair.codes(120) == [130, 1], [pair.said(0), pair.said(1)]
+    zero, one = pair.said(0), pair.said(1)
   host = socket.gethostname()
-  lines = zero[1].splitlines()
-  assert len(lines) == 2, zero
-  for index, seen in enumerate((json.loads(lines[0]), json.loads(one[1]))):
+  lines = zero[0].splitlines()
+  for index, seen in enumerate((json.loads(lines[0]), json.loads(one[0]))):
     place, first, second, arrays, left, *rest = seen
     assert place == [index, 2]
     for channel, rows in zip('ab' if index else 'ba', (first, second)):
@@ -247,7 +308,7 @@ def test_two_processes_talk_agree_and_fail_together(tmp_path):
           [[channel, i, 0], [channel, i, 1]] for i in range(20)]
     assert arrays == [[[10_000_000], 0, 0], [[10_000_000], 1, 1]]
     assert left <= 3  # keys: what has been read is deleted
-    clip, version, blind, made, *late = rest
+    clip, version, blind, made, *late, seed = rest
     assert 'config.ppo.clip_eps is 0.3' in clip and '0.2 in process 0' in clip
     assert 'version.orbax is 2' in version and 'absent in proc' in version
     assert f'process 1 on {host} cannot see' in blind and '--workdir' in blind
@@ -255,8 +316,115 @@ def test_two_processes_talk_agree_and_fail_together(tmp_path):
     if not index:
       [late] = late
       assert f'process 1 on {host} did not arrive at "late" within 1 s' in late
+    assert f'config.seed is 1 in process 1 on {host} and 0 in' in seed
   [told] = json.loads(lines[1])
   assert told == (
       f'process 1 on {host} has stopped: the disk of this host is full.')
-  assert (zero[0], one[0]) == (130, 1)
-  assert 'disk of this host' in one[2]
+  assert 'disk of this host' in one[1]
+
+
+# -- training ------------------------------------------------------------------
+
+
+def _config(*overrides):
+  return config_lib.load(f'{_ROOT}/configs/tiny.py', [*SMALL, *overrides])
+
+
+def _rows(workdir):
+  return [
+      {name: value for name, value in row.items()
+       if not name.startswith(_UNREPEATABLE)}
+      for row in metrics.read(workdir / 'metrics.jsonl')]
+
+
+def _check_rows(found, expected):
+  """Losses and metrics of two processes are those of one."""
+  assert len(found) <= len(expected)
+  for row, other in zip(found, expected):
+    assert row.keys() == other.keys()
+    for name, value in row.items():
+      assert value == pytest.approx(other[name], rel=1e-3, abs=2e-6), name
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """A run by this process alone, on eight devices."""
+  if len(jax.devices()) < 8:
+    pytest.skip('fewer than 8 devices; unset XLA_FLAGS and JAX_PLATFORMS')
+  workdir = tmp_path_factory.mktemp('one')
+  train.train(_config(), str(workdir))
+  assert sum(row['rollout/searches'] for row in _rows(workdir)[1:]) > 0
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory):
+  return tmp_path_factory.mktemp('compiled')
+
+
+def _arguments(module, **flags):
+  return ['-m', f'stepsearch.{module}', '--config=configs/tiny.py',
+          *(f'--{name}={value}' for name, value in flags.items()),
+          *(f'--config.{leaf}' for leaf in SMALL)]
+
+
+def test_two_processes_train_as_one_and_stop_together(one, compiled, tmp_path):
+  """SIGTERM to one of them; what they saved is gone on with by one."""
+  run = tmp_path / 'run'
+  with _Pair(
+      tmp_path, _arguments('train', workdir=run), compiled=compiled) as pair:
+    pair.until('step 2/4')
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert pair.codes() == [0, 0], [pair.said(0), pair.said(1)]
+    (out, _), (other, _) = pair.said(0), pair.said(1)
+  stopped = len(_rows(run)) - 1
+  assert f'goes on from step {stopped}, which is saved' in out
+  assert stopped in (2, 3) and not other
+  _check_rows(_rows(run), _rows(one))
+  train.train(_config(), str(run))
+  assert len(_rows(run)) == 5
+  _check_rows(_rows(run), _rows(one))
+  for step in (0, 4):
+    name = f'transcripts/step_{step:06d}_greedy.jsonl'
+    found, expected = (
+        [json.loads(line)['text'] for line in (path / name).open()]
+        for path in (run, one))
+    assert found == expected
+
+
+def test_a_process_that_is_killed_ends_the_run(one, compiled, tmp_path):
+  """Two go on with what one has saved, until one of the two is killed."""
+  run = shutil.copytree(one, tmp_path / 'run')
+  shutil.rmtree(run / 'checkpoints' / '4')
+  (run / 'eval.json').unlink()
+  with _Pair(
+      tmp_path, [*_arguments('train', workdir=run),
+                 '--config.checkpoint.every=1'], compiled=compiled) as pair:
+    pair.until('step 3/4')
+    pair.processes[1].kill()
+    assert pair.codes(60)[0] == 1
+    out, err = pair.said(0)
+  assert f'resumed {run} at step 2' in out
+  assert re.fullmatch(
+      rf'error: process 1 on {socket.gethostname()} is gone: .*\n', err), err
+  assert len(_rows(run)) == 4
+  _check_rows(_rows(run), _rows(one))
+
+
+def test_two_processes_evaluate_with_half_an_index_each(
+    one, compiled, tmp_path):
+  with _Pair(
+      tmp_path, [*_arguments('evaluate', checkpoint=one, output=tmp_path),
+                 '--config.retriever.placement=sharded'],
+      compiled=compiled) as pair:
+    assert pair.codes() == [0, 0], [pair.said(0), pair.said(1)]
+    assert not pair.said(1)[0]
+  found = json.loads((tmp_path / 'eval.json').read_text())['results']['all']
+  stored = json.loads((one / 'eval.json').read_text())['after']['greedy']
+  assert found == pytest.approx(stored)
+  rows, expected = (
+      [json.loads(line) for line in path.open()] for path in (
+          tmp_path / 'transcripts.jsonl',
+          one / 'transcripts' / 'step_000004_greedy.jsonl'))
+  assert rows == expected
+  assert len(list((one / 'index').glob('shard-*-of-00002/index.json'))) == 2

@@ -136,3 +136,41 @@ def test_rows_that_do_not_divide_are_refused(devices):
   layout = sharding.Layout(sharding.make_mesh((2, 2, 2), devices))
   with pytest.raises(ValueError, match='batch of 6 rows .* multiple of 4'):
     sharding.shard_batch(np.zeros((6, 2)), layout)
+
+
+class _Device:
+  """One of eight, two in a process; enough of one to be laid out."""
+
+  platform = 'cpu'
+
+  def __init__(self, number):
+    self.id, self.process_index = number, number // 2
+
+
+@pytest.mark.parametrize('shape, expected', [
+    ((8, 1, 1), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ((2, 2, 2), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    # Two processes hold the same rows, or all four do.
+    ((2, 1, 4), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ((1, 1, 8), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+])
+def test_every_row_is_one_process_own(monkeypatch, shape, expected):
+  devices = np.array([_Device(i) for i in range(8)]).reshape(shape)
+  layout = sharding.Layout(jax.sharding.Mesh(devices, sharding.AXES))
+  for process, rows in enumerate(expected):
+    monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+    assert sharding.local_rows(layout, 8) == rows
+
+
+def test_rows_lie_where_their_devices_are(monkeypatch):
+  # A process whose devices lie apart, and rows that three processes share.
+  order = [0, 2, 4, 6, 1, 3, 5, 7]
+  devices = np.array([_Device(i) for i in order])
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  apart = sharding.Layout(
+      jax.sharding.Mesh(devices.reshape(8, 1, 1), sharding.AXES))
+  assert sharding.local_rows(apart, 8) == [1, 5]
+  shared = sharding.Layout(
+      jax.sharding.Mesh(devices[:6].reshape(2, 1, 3), sharding.AXES))
+  # Rows 0-3 are of processes 0, 1, 2; rows 4-7 of 3, 0, 1.
+  assert sharding.local_rows(shared, 8) == [1, 5]
