@@ -29,6 +29,7 @@ from stepsearch import costs
 from stepsearch import sharding
 from stepsearch import topology
 from stepsearch import types
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.retrieval import encoders
 from stepsearch.rollout import collect
@@ -113,7 +114,7 @@ def plan(
   encoder, encode = encoders.lower(folder, local)
   programs = {'encode': encode} | learner.lower(trajectory) | collect.lower(
       rollout, machinery.model, machinery.decode, episodes,
-      learner.policy(state, learner.reference_shapes), shared, eos_ids)
+      learner.policy_shapes(), shared, eos_ids)
   arrays = {
       'actor': state.actor.params, 'critic': state.critic.params,
       'optimizer': (state.actor.opt_state, state.critic.opt_state),
@@ -194,31 +195,42 @@ def measure(
 def model_flops(model: qwen.Config, tokens: Tokens, epochs: int) -> dict:
   """FLOPs of a step that the mathematics asks for, all chips together.
 
-  2 a weight and token forward, twice that backward; attention over what a token
-  may see, causal; nothing for what is computed again or for padding. Logits
-  are needed of the tokens that are sampled while decoding, of all tokens in the
-  update.
+  2 a weight and token forward, twice that backward, half of it where the
+  weight is frozen beside adapters; attention over what a token may see,
+  causal; nothing for what is computed again or for padding. Logits are needed
+  of the tokens that are sampled while decoding, of all tokens in the update.
 
   Returns:
     by `rollout`, `logprobs` (actor, reference and critic) and `update`.
   """
   m = model
-  weights = m.embed * m.head_dim * 2 * (m.heads + m.kv_heads) + (
-      3 * m.embed * m.mlp)
+  kernels = 2 * m.layers * (
+      m.embed * m.head_dim * 2 * (m.heads + m.kv_heads) + 3 * m.embed * m.mlp)
+  logits, head = 2 * m.embed * m.vocab_size, 2 * m.embed
+  added, frozen = 0, 3  # passes through what adapters leave as it is
+  if m.lora is not None:
+    frozen = 2
+    added = 2 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(
+        lambda key: lora.init(m.lora, qwen.init(m, key), key),
+        jax.random.key(0))))
 
-  def trunk(length):
-    seen = length * (length + 1) / 2
-    return 2 * m.layers * (
-        weights * length + 2 * m.heads * m.head_dim * seen)
+  def attention(length):
+    return 4 * m.layers * m.heads * m.head_dim * length * (length + 1) / 2
 
-  logits = 2 * m.embed * m.vocab_size
-  whole = trunk(tokens.length)
-  actor = whole + logits * tokens.length
-  critic = whole + 2 * m.embed * tokens.length
+  length = tokens.length
+  # Of actor and critic.
+  whole, learnt = 2 * kernels + logits, 2 * added + head
+  shared = kernels * tokens.shared + attention(tokens.shared)
   return {name: flops * tokens.episodes for name, flops in {
-      'rollout': whole - trunk(tokens.shared) + logits * tokens.sampled,
-      'logprobs': 2 * actor + critic,
-      'update': 3 * epochs * (actor + critic)}.items()}
+      'rollout': (
+          kernels * length + attention(length) - shared
+          + logits * tokens.sampled),
+      'logprobs': (
+          (whole + kernels + logits + learnt) * length
+          + 3 * attention(length)),
+      'update': epochs * (
+          (frozen * whole + 3 * learnt) * length
+          + 6 * attention(length))}.items()}
 
 
 def report(made: Plan, name: str, config: ml_collections.ConfigDict) -> dict:
@@ -368,6 +380,8 @@ def _advice(part, phase, config, machinery) -> list[str]:
   elif part in ('actor', 'critic', 'optimizer') and (
       machinery.update.size('embed') < machinery.update.mesh.size):
     found.append('--config.mesh="(1, -1, 1)"')
+  elif part in ('critic', 'optimizer') and machinery.model.lora is None:
+    found.append('--config.lora.rank=16')
   return found
 
 
@@ -408,7 +422,7 @@ def run(
   mesh = made.machinery.update.mesh.shape
   count = sum(
       math.prod(x.shape)
-      for x in jax.tree.leaves(made.machinery.learner.shapes.actor.params))
+      for x in jax.tree.leaves(made.machinery.learner.reference_shapes))
   say(f'{name}: {len(devices)} chips, mesh '
       + ' x '.join(f'{axis} {size}' for axis, size in mesh.items())
       + f', {count / 1e9:.2f} B parameters')

@@ -18,6 +18,7 @@ from stepsearch import config as config_lib
 from stepsearch import costs
 from stepsearch import sharding
 from stepsearch import topology
+from stepsearch.models import lora
 from stepsearch.models import qwen
 from stepsearch.rollout import collect
 from stepsearch.rollout import sampler as sampler_lib
@@ -47,10 +48,12 @@ class Recorder:
     return self._function(*args)
 
 
-def test_training_runs_what_is_compiled(tmp_path, monkeypatch):
+@pytest.mark.parametrize('options', [
+    (), ('lora.rank=2', 'offload=optimizer,reference')])
+def test_training_runs_what_is_compiled(options, tmp_path, monkeypatch):
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda *_: devices)
-  config = config_lib.load(f'{_ROOT}/configs/tiny.py', MICRO)
+  config = config_lib.load(f'{_ROOT}/configs/tiny.py', [*MICRO, *options])
   parts = assembly.build(config, tmp_path, say=lambda _: None)
 
   # One width and one size, so that the widest and largest are those that run.
@@ -76,8 +79,11 @@ def test_training_runs_what_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(owner, name, recorders[phase])
 
   key = jax.random.key(0)
-  state = parts.learner.init(key)
-  trajectory, _ = parts.collect(state.actor.params, parts.train[:8], key)
+  actor = assembly.parameters(parts, key)
+  state = parts.learner.start(actor, key)
+  reference = parts.learner.freeze(actor)
+  trajectory, _ = parts.collect(
+      parts.learner.policy(state, reference), parts.train[:8], key)
   # As long as an episode may be.
   width = parts.collect._shapes.length - trajectory.tokens.shape[1]
   padded = sharding.shard_batch(
@@ -87,9 +93,9 @@ def test_training_runs_what_is_compiled(tmp_path, monkeypatch):
   trajectory = padded.replace(turn_ends=trajectory.turn_ends)
   rewards = np.zeros(trajectory.tokens.shape, np.float32)
   batch, _ = parts.learner.make_batch(
-      state, parts.learner.freeze(state.actor.params), trajectory,
+      state, reference, trajectory,
       sharding.shard_batch(rewards, parts.update))
-  parts.learner.update(state, batch, key)
+  parts.learner.update(state, batch, key, reference)
 
   config = config.copy_and_resolve_references()
   config.model.vocab_size = parts.model.vocab_size
@@ -136,6 +142,39 @@ def test_model_flops_are_those_of_the_products(tied):
   assert found['rollout'] == forward
   assert found['logprobs'] - 2 * forward in (critics, critics + head)
   assert found['update'] == 2 * 3 * (found['logprobs'] - forward)
+
+
+def test_frozen_weights_have_no_gradients():
+  model = qwen.Config(
+      vocab_size=96, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8,
+      mlp=48, lora=lora.Config(5))
+  episodes, length = 5, 6
+  base = jax.eval_shape(lambda: qwen.init(model, jax.random.key(0)))
+  adapters = jax.eval_shape(
+      lambda x: lora.init(model.lora, x, jax.random.key(0)), base)
+  ids = jax.ShapeDtypeStruct((episodes, length), jnp.int32)
+
+  def actor(adapters, base, ids):
+    hidden, _ = qwen.Qwen(model).apply(
+        lora.variables(lora.Adapted(base, adapters)), ids, jnp.zeros_like(ids))
+    return jnp.sum(jnp.sin(hidden @ qwen.unembedding(base)))
+
+  def critic(adapters, base, ids):
+    values = qwen.Critic(model).apply(
+        {'params': {'trunk': base, 'head': jnp.ones(model.embed)},
+         'lora': {'trunk': adapters}}, ids, jnp.zeros_like(ids))
+    return jnp.sum(jnp.sin(values))
+
+  executed = 0
+  for function in (actor, critic):
+    lowered = jax.jit(jax.grad(function)).lower(adapters, base, ids)
+    executed += costs.cost(lowered.compile().as_text()).flops
+    # Plain attention computes what is masked, 15 of 36 scores, too.
+    executed -= (
+        3 * 4 * model.layers * model.heads * model.head_dim * 15 * episodes)
+  tokens = compile_lib.Tokens(episodes, length, sampled=length, shared=0)
+  wanted = compile_lib.model_flops(model, tokens, epochs=1)['update']
+  assert executed == pytest.approx(wanted, rel=0.001)
 
 
 def test_causal_attention_is_half_of_a_square():

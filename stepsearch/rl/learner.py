@@ -210,6 +210,11 @@ class Learner:
     """What plays: the actor's parameters, or its base and adapters."""
     return _adapted(state.actor.params, self._base(reference))
 
+  def policy_shapes(self) -> Params:
+    """What `policy` gives, as shapes on the device, whatever is offloaded."""
+    return self.policy(
+        self.shapes, sharding.shapes(self.reference_shapes, self._whole))
+
   def make_batch(
       self, state: TrainState, reference: Params,
       trajectory: types.Trajectory, rewards: jax.Array,
