@@ -6,7 +6,7 @@
 #                                       detached
 #   host.sh status                      one line: stepsearch HOST STATE WORKDIR
 #   host.sh stop SECONDS                SIGTERM, which saves; SIGKILL after that
-#   host.sh log LINES [follow]
+#   host.sh log LINES [follow]          of the last start; log.old has the rest
 #
 # STATE is running, exit=N, stopped (by `stop`), lost (died with the machine) or
 # idle (nothing was started). A lock, which dies with the processes, tells a
@@ -71,10 +71,11 @@ start() {
   exec 9>>"$RUN/lock"
   flock --wait 1 9 || fail "busy with $(<"$RUN/workdir"): stop that first."
   rm -f "$RUN/exit" "$RUN/stopped" "$RUN/pid"
+  [[ ! -e $RUN/log ]] || cat "$RUN/log" >>"$RUN/log.old"
   printf '%s\n' "$1" >"$RUN/workdir"
   shift
   nohup setsid bash "$CODE/launch/host.sh" supervise "$@" \
-    </dev/null >>"$RUN/log" 2>&1 &
+    </dev/null >"$RUN/log" 2>&1 &
   echo "$(hostname): started"
 }
 
@@ -84,7 +85,7 @@ supervise() {
   local code=0 trainer
   trap : TERM INT
   cd "$CODE"
-  printf '\n%s python -m stepsearch.train%s\n' "$(date -u +%FT%TZ)" \
+  printf '%s python -m stepsearch.train%s\n' "$(date -u +%FT%TZ)" \
     "$(printf ' %q' "$@")"
   PYTHONUNBUFFERED=1 "$PYTHON" -m stepsearch.train "$@" &
   trainer=$!
