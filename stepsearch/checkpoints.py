@@ -12,13 +12,11 @@ about are ValueErrors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
-import errno
 import math
 import os
-import re
 from typing import Any
 
 import jax
@@ -66,7 +64,7 @@ class Checkpoints:
           'at least 1 and at least 0 are needed.')
     self._directory = _absolute(directory)
     self._metric = best_metric
-    with _explained(self._directory):
+    with paths.explained(self._directory):
       self._manager = _manager(
           self._directory,
           create=True,
@@ -102,7 +100,7 @@ class Checkpoints:
         no permission), or the step exists already.
     """
     value = float((metrics or {}).get(self._metric, math.nan))
-    with _explained(self._directory):
+    with paths.explained(self._directory):
       self._manager.save(
           step,
           args=ocp.args.Composite(
@@ -129,12 +127,12 @@ class Checkpoints:
     Raises:
       ValueError: it could not be written.
     """
-    with _explained(self._directory):
+    with paths.explained(self._directory):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and releases the threads."""
-    with _explained(self._directory):
+    with paths.explained(self._directory):
       self._manager.close()
 
   def __enter__(self) -> Checkpoints:
@@ -173,7 +171,7 @@ def restore(
       names the directory and the steps in it, or the leaf and both shapes.
   """
   directory = _absolute(directory)
-  with _explained(directory), contextlib.closing(
+  with paths.explained(directory), contextlib.closing(
       _manager(directory, create=False)) as manager:
     return _restore(manager, like, step, partial)
 
@@ -235,14 +233,14 @@ def save_once(path: paths.Address, tree: Any) -> None:
     ValueError: the path cannot be written; names it.
   """
   path = _absolute(path)
-  with _explained(path), ocp.PyTreeCheckpointer() as checkpointer:
+  with paths.explained(path), ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
 
 
 def exists_once(path: paths.Address) -> bool:
   """Whether `save_once` has written a tree to `path`, to its end."""
   path = _absolute(path)
-  with _explained(path):
+  with paths.explained(path):
     return path.exists() and ocp.utils.is_checkpoint_finalized(path)
 
 
@@ -253,7 +251,7 @@ def restore_once(path: paths.Address, like: Any) -> Any:
     ValueError: nothing there, or a tree of another shape, type or structure.
   """
   path = _absolute(path)
-  with _explained(path):
+  with paths.explained(path):
     if not exists_once(path):
       raise ValueError(
           f'{path} does not exist: it is written when a run starts; give the '
@@ -267,7 +265,7 @@ def restore_once(path: paths.Address, like: Any) -> Any:
 def _absolute(path: paths.Address) -> paths.Path:
   """Orbax takes absolute paths only; addresses such as gs:// are."""
   path = paths.Path(path)
-  return path if '://' in str(path) else paths.Path(os.path.abspath(path))
+  return path if paths.is_remote(path) else paths.Path(os.path.abspath(path))
 
 
 def _manager(directory: paths.Path, **options) -> ocp.CheckpointManager:
@@ -293,7 +291,7 @@ def _restore(
         f'{manager.directory} holds {wanted}; steps present: '
         f'{", ".join(map(str, steps)) or "none"}.')
   step = steps[-1] if step is None else step
-  with _explained(manager.directory):
+  with paths.explained(manager.directory):
     items = {'metadata': ocp.args.JsonRestore()}
     if like is not None:
       saved = manager.item_metadata(step)['state']
@@ -352,27 +350,3 @@ def _leaves(tree: Any) -> dict[str, str]:
       for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
       if hasattr(leaf, 'dtype')
   }
-
-
-@contextlib.contextmanager
-def _explained(path: paths.Path) -> Iterator[None]:
-  """Turns a failure of the file system into a ValueError that names it."""
-  try:
-    yield
-  except (OSError, ValueError) as error:
-    code = getattr(error, 'errno', None)
-    # TensorStore reports the system's error code inside its message only.
-    match = re.search(r"os_error_code='(\d+)'", str(error))
-    if match:
-      code = int(match.group(1))
-    if code is None:
-      raise
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-      advice = (
-          'free space, or keep fewer checkpoints, and run the same command '
-          'again: it resumes from the last whole checkpoint')
-    else:
-      advice = 'check that the directory exists, and its permissions'
-    raise ValueError(
-        f'checkpoint directory {path}: {os.strerror(code)}; {advice}.'
-    ) from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 
-from etils import epath
 import jax
 import ml_collections
 
@@ -35,7 +34,7 @@ def evaluate(
       model is and its tokenizer are read from the run.
     checkpoint: the workdir of a run, or its checkpoints folder; or a Hugging
       Face folder, on disk or gs://.
-    output: receives eval.json and transcripts.jsonl.
+    output: on disk or gs://; receives eval.json and transcripts.jsonl.
     step: of the checkpoint; the newest by default.
     sampled: at T = config.rollout.temperature instead of greedy.
 
@@ -46,10 +45,11 @@ def evaluate(
     ValueError: no such checkpoint, or one of another shape; a bad config.
   """
   assembly.tune_host()
-  root = epath.Path(checkpoint)
+  root = paths.Path(checkpoint)
   if root.name == 'checkpoints':
     root = root.parent
-  trained = (root / 'checkpoints').is_dir()
+  with paths.explained(root):
+    trained = (root / 'checkpoints').is_dir()
   card = root / 'model' if trained and (root / 'model').is_dir() else None
   if not trained:
     if not any(root.glob('*.safetensors')):

@@ -9,12 +9,12 @@ that config.json names, or --dtype.
 
 from __future__ import annotations
 
-from etils import epath
 import jax
 
 from stepsearch import assembly
 from stepsearch import checkpoints
 from stepsearch import config as config_lib
+from stepsearch import paths
 from stepsearch import sharding
 from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
@@ -37,10 +37,12 @@ def export(
       are not finite.
   """
   assembly.tune_host()
-  root = epath.Path(checkpoint)
+  root = paths.Path(checkpoint)
   if root.name == 'checkpoints':
     root = root.parent
-  if not (root / 'checkpoints').is_dir() or not (root / 'model').is_dir():
+  with paths.explained(root):
+    trained = all((root / part).is_dir() for part in ('checkpoints', 'model'))
+  if not trained:
     raise ValueError(
         f'--checkpoint={checkpoint}: there is no run here (no checkpoints and '
         'model folders in it); give the --workdir of a training run.')
@@ -57,7 +59,7 @@ def export(
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f'step {step} of {root}: {size:,} parameters', flush=True)
   hf.save(output, model, params, source=card.path, dtype=dtype)
-  files = sorted(path.name for path in epath.Path(output).iterdir())
+  files = sorted(path.name for path in paths.Path(output).iterdir())
   print(f'written to {output}: {", ".join(files)}', flush=True)
 
 

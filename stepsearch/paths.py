@@ -73,7 +73,7 @@ def replacing(path: Address) -> Iterator[BinaryIO]:
     try:
       with open(draft, 'wb') as file:
         yield file
-      draft.replace(path)
+      os.replace(draft, path)
     finally:
       draft.unlink(missing_ok=True)
 
@@ -129,42 +129,42 @@ def new_folder(
       shutil.rmtree(draft, ignore_errors=True)
 
 
-def local_copy(path: Address, last: str) -> pathlib.Path:
-  """A folder's files on this disk: itself, or the copy that is kept of it.
+def local_copy(path: Address) -> pathlib.Path:
+  """A file or folder on this disk: itself, or the copy that is kept of it.
 
   Copies lie in ~/.cache/stepsearch (or below $XDG_CACHE_HOME), one for each
   address, made anew once a file there has another size or date.
 
-  Args:
-    path: the folder.
-    last: as of `new_folder`.
-
   Raises:
-    ValueError: as of `explained`.
+    ValueError: as of `explained`; nothing lies there.
   """
   path = Path(path)
   if not is_remote(path):
     return pathlib.Path(path)
   with explained(path):
     found = _store(path).find(str(path), detail=True)
-    prefix = f'{os.fspath(path).partition("://")[2].rstrip("/")}/'
-    files = {
-        name.removeprefix(prefix): (info['size'], str(info.get('updated')))
-        for name, info in sorted(found.items())
-        if name.startswith(prefix) and not name.endswith(_UNFINISHED)}
+    bare = os.fspath(path).partition('://')[2].rstrip('/')
+    if not found:
+      raise FileNotFoundError(bare)
+  files = {
+      name: (info['size'], str(info.get('updated')))
+      for name, info in sorted(found.items())
+      if not name.endswith(_UNFINISHED)
+      and (name == bare or name.startswith(f'{bare}/'))}
   digest = lambda value: hashlib.blake2b(
       repr(value).encode(), digest_size=8).hexdigest()
   cache = pathlib.Path(
       os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
-  kept = cache / 'stepsearch' / digest(str(path))
-  copy = kept / digest(files)
+  kept = cache / 'stepsearch' / digest(bare)
+  copy = kept / digest(files) / path.name
   if not copy.exists():
-    with new_folder(copy, last) as draft:
+    with new_folder(copy.parent, path.name) as draft, explained(path):
       for name in files:
-        (draft / name).parent.mkdir(parents=True, exist_ok=True)
-        _store(path).get_file(prefix + name, str(draft / name))
+        target = draft / (path.name + name.removeprefix(bare))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _store(path).get_file(name, str(target))
     for other in kept.iterdir():
-      if other != copy and not other.name.startswith('.'):
+      if other != copy.parent and not other.name.startswith('.'):
         shutil.rmtree(other, ignore_errors=True)
   return copy
 
@@ -212,61 +212,60 @@ class Mirror:
 def explained(path: Address) -> Iterator[None]:
   """Turns a failure of a disk or a store into a ValueError about `path`.
 
-  A failure that names another file passes through as it is.
+  A failure that names a file elsewhere passes through as it is, and so does
+  any other exception.
 
   Raises:
     ValueError: one paragraph: the path, what is wrong, what to do.
   """
-  path = Path(path)
-  failures = (OSError, *(_store_errors() if is_remote(path) else ()))
   try:
     yield
-  except failures as error:
-    if not _concerns(path, error):
+  except Exception as error:
+    why = _problem(Path(path), error)
+    if why is None:
       raise
-    raise ValueError(f'{path} {problem(path, error)}') from error
+    raise ValueError(f'{path} {why}') from error
 
 
-def _concerns(path, error):
-  """Whether an error names no file, or one that lies on the way to `path`."""
-  named = getattr(error, 'filename', None)
-  if not named:
-    return True
-  if is_remote(path):
-    return False
-  named, folder = os.path.abspath(named), os.path.abspath(path.parent)
-  return os.path.commonpath([named, folder]) in (named, folder)
-
-
-def problem(path: Address, error: Exception) -> str:
-  """What an error of a disk or a store means for a path, and the remedy."""
-  code = getattr(error, 'errno', None)
-  why = os.strerror(code) if code is not None else error
-  if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-    return f'cannot be written ({why}): free space, or choose another place.'
-  if not is_remote(path):
-    return (f'cannot be read or written ({why}): check the path and its '
-            'permissions, or choose another.')
+def _problem(path, error) -> str | None:
+  """What an exception says of a path; None if nothing."""
   text = ' '.join(str(error).split())
-  status = getattr(error, 'code', getattr(error, 'status', None))
-  match = re.search(r'HTTP response code: (\d+)|\b(40[134])\b', text)
-  if match and not status:
-    status = match[1] or match[2]
-  status = int(status or 0)
+  # TensorStore has no classes of errors, but these in its messages.
+  codes = dict(re.findall(r"(os_error_code|http_response_code)='(\d+)'", text))
+  code = getattr(error, 'errno', None) or int(codes.get('os_error_code', 0))
+  named = getattr(error, 'filename', None)
+  if named:
+    named, folder = os.path.abspath(named), os.path.abspath(path.parent)
+    if is_remote(path) or (
+        os.path.commonpath([named, folder]) not in (named, folder)):
+      return None
+  if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    return (f'cannot be written ({os.strerror(code)}): free space and run the '
+            'same command again, or choose another place.')
+  if not is_remote(path):
+    return code and (
+        f'cannot be read or written ({os.strerror(code)}): check the path and '
+        'its permissions, or choose another.') or None
+  errors = _store_errors()
+  if not (isinstance(error, errors) or 'tensorstore_spec=' in text):
+    return None
+  status = int(
+      codes.get('http_response_code') or getattr(error, 'code', None)
+      or getattr(error, 'status', None) or 0)
+  text = text.partition(" [")[0] or type(error).__name__
   bucket = '/'.join(os.fspath(path).split('/')[:3])
   if isinstance(error, FileNotFoundError) or status == 404:
     return (f'cannot be reached: there is no bucket {bucket}, or nothing of '
             'this name in it. Correct the address, or create the bucket.')
-  if status == 401 or 'GoogleAuthError' in [
-      base.__name__ for base in type(error).__mro__]:
+  if isinstance(error, errors[-1]) or status == 401:
     return (f'cannot be reached without credentials ({text}): log in with '
             '`gcloud auth application-default login`, or give this machine a '
             'service account that may use the bucket.')
   if status == 403 or text.startswith('Forbidden'):
     return (f'is not open to this account ({text}): grant it '
             f'roles/storage.objectAdmin on {bucket}, or choose another bucket.')
-  return (f'cannot be reached ({text or type(error).__name__}): check the '
-          'network, and run the same command again.')
+  return (f'cannot be reached ({text}): check the network, and run the same '
+          'command again.')
 
 
 def _store(path: Address) -> Any:
@@ -275,13 +274,13 @@ def _store(path: Address) -> Any:
 
 
 def _store_errors() -> tuple[type[Exception], ...]:
-  """What gcsfs raises besides OSError; imported where it is needed."""
+  """What gcsfs raises, that for missing credentials last."""
   import aiohttp
   from gcsfs import retry
   from google.auth import exceptions
 
-  return (retry.HttpError, retry.ChecksumError, exceptions.GoogleAuthError,
-          aiohttp.ClientError)
+  return (OSError, retry.HttpError, retry.ChecksumError, aiohttp.ClientError,
+          exceptions.GoogleAuthError)
 
 
 def _rename(draft, path, last, replace):

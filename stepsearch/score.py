@@ -35,13 +35,12 @@ from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
 import json
-import os
-import pathlib
 import reprlib
 import sys
 import time
 from typing import Any, Literal
 
+from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
 from stepsearch.rl import rewards
@@ -88,14 +87,15 @@ def score_rows(
 
 
 def score_file(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: paths.Address,
+    output: paths.Address,
     variant: Literal['paper', 'released'],
 ) -> int:
   """Scores a JSONL file into another, which appears only once it is whole.
 
   Args:
-    source: the file to read, one row a line; blank lines are skipped.
+    source: the file to read, on disk or gs://, one row a line; blank lines are
+      skipped.
     output: the file to write; replaced if it exists.
     variant: as in `score_rows`.
 
@@ -106,31 +106,18 @@ def score_file(
     ValueError: a file cannot be read or written, or a row is malformed (named
       by file, line and field). The output is then as it was before.
   """
-  source, output = pathlib.Path(source), pathlib.Path(output)
-  partial = output.with_name(f'.{output.name}.{os.getpid()}.partial')
+  with paths.explained(source):
+    lines = open(paths.local_copy(source), 'rb')
   count = 0
-  try:
-    try:
-      with (
-          open(source, 'rb') as lines,
-          open(partial, 'w', encoding='utf-8') as out,
-      ):
-        for row in score_rows(_read(lines, source), variant):
-          out.write(json.dumps(row) + '\n')
-          count += 1
-      os.replace(partial, output)
-    finally:
-      partial.unlink(missing_ok=True)
-  except OSError as error:
-    raise ValueError(
-        f'scoring --input={source} into --output={output} failed: {error}. '
-        'Both must be files in folders that exist, with room for the output.'
-    ) from error
+  with lines, paths.replacing(output) as out:
+    for row in score_rows(_read(lines, source), variant):
+      out.write(json.dumps(row).encode() + b'\n')
+      count += 1
   return count
 
 
 def _read(
-    lines: Iterable[bytes], source: pathlib.Path
+    lines: Iterable[bytes], source: paths.Address
 ) -> Iterator[tuple[str, Any]]:
   for number, line in enumerate(lines, start=1):
     if not line.strip():

@@ -19,11 +19,9 @@ import tempfile
 import threading
 from typing import Any
 
-from etils import epath
 import numpy as np
 
-# epath would read gs:// through TensorFlow where that is installed.
-os.environ.setdefault('EPATH_USE_TF', 'false')
+from stepsearch import paths
 
 # What a Hugging Face folder may hold of a tokenizer.
 FILES = (
@@ -157,7 +155,7 @@ class Tokenizer:
           'config.rollout.chat=off to send the plain prompt.'
       ) from error
     except Exception as error:  # jinja2's, or what the template's code raises
-      folder = epath.Path(self._fast.name_or_path)
+      folder = paths.Path(self._fast.name_or_path)
       files = [folder / name for name in _TEMPLATES]
       file = next((file for file in files if file.exists()), files[-1])
       raise ValueError(
@@ -183,7 +181,7 @@ class Tokenizer:
     transformers 4, and what is built on it, can read it as well.
     """
     self._fast.save_pretrained(os.fspath(directory))
-    file = epath.Path(directory) / 'tokenizer_config.json'
+    file = paths.Path(directory) / 'tokenizer_config.json'
     settings = json.loads(file.read_text())
     # How it was loaded here, which is no matter of the folder.
     for name in ('backend', 'is_local', 'local_files_only'):
@@ -225,7 +223,7 @@ def load(
   Raises:
     ValueError: nothing there, or nothing that is a fast tokenizer.
   """
-  path = epath.Path(path)
+  path = paths.Path(path)
   folder = path.parent if path.is_file() else path
   known = ('tokenizer.json', 'vocab.json', 'tokenizer.model')
   if not any((folder / name).is_file() for name in known):
@@ -234,11 +232,11 @@ def load(
         'tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) as '
         'Hugging Face models carry it, or the path of the tokenizer.json.'
     )
-  if '://' in str(folder):
-    with tempfile.TemporaryDirectory() as local:
+  if paths.is_remote(folder):
+    with tempfile.TemporaryDirectory() as local, paths.explained(folder):
       for name in FILES:
         if (folder / name).exists():
-          (folder / name).copy(epath.Path(local, name))
+          (folder / name).copy(paths.Path(local, name))
       made = load(local, eos_ids, pad_id)
     made._fast.name_or_path = str(folder)  # for messages
     return made

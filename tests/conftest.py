@@ -25,6 +25,7 @@ from stepsearch import sharding  # noqa: E402
 from stepsearch import tokenizer as tokenizer_lib  # noqa: E402
 from stepsearch import types  # noqa: E402
 from stepsearch.models import qwen  # noqa: E402
+from tests import emulator  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Compiling is most of the time that these tests take: do it quickly, and once
@@ -192,6 +193,25 @@ def chain_policy(follows, size=64):
     head[token, follows.get(token, 0)] = 5.0  # times sqrt(size)
   params |= {'embedding': np.eye(size, dtype=np.float32), 'lm_head': head}
   return config, jax.tree.map(jnp.asarray, params)
+
+
+@pytest.fixture(scope='session')
+def _store():
+  """An emulated store, for this process and those that it starts."""
+  if not emulator.installed():
+    pytest.skip(emulator.REASON)
+  with emulator.running() as environment, pytest.MonkeyPatch.context() as patch:
+    for name, value in environment.items():
+      patch.setenv(name, value)
+    # Whoever found objects in it remembers where they were.
+    patch.setenv('XDG_CACHE_HOME', _COMPILED.name)
+    yield environment
+
+
+@pytest.fixture
+def bucket(_store):
+  """The gs:// address of an empty bucket of the emulated store."""
+  return emulator.new_bucket(_store)
 
 
 @pytest.fixture(scope='session')

@@ -3,16 +3,15 @@ import hashlib
 import json
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepsearch import paths
 from stepsearch.models import cache as cache_lib
 from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
@@ -350,27 +349,6 @@ def test_loading_holds_no_second_copy(tmp_path):
   assert 0 < over < 1.3 * found['shard'], found
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-  """gs://hf-test, emulated."""
-  emulator = pytest.importorskip(
-      'gcp_storage_emulator.server',
-      reason='gcp-storage-emulator (tests/requirements.txt) is not installed')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  server = emulator.create_server(
-      '127.0.0.1', port, in_memory=True, default_bucket='hf-test')
-  server.start()
-  try:
-    monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{port}')
-    monkeypatch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-    monkeypatch.setenv('FSSPEC_GS_TOKEN', 'anon')
-    yield 'gs://hf-test'
-  finally:
-    server.stop()
-
-
 def test_a_bucket_is_written_and_read(folder, bucket, monkeypatch):
   config, params = hf.load(folder)
   path = f'{bucket}/runs/model'
@@ -387,27 +365,28 @@ def test_a_bucket_is_written_and_read(folder, bucket, monkeypatch):
 
   # And when it fails in the middle, nothing is left of it, but of the others.
   from gcsfs import retry
-  real = epath.Path(__file__).copy.__func__
+  store = paths._store(bucket)
+  real = store.put_file
   for error, raised, match in (
       (retry.HttpError({'code': 403, 'message': 'no'}), ValueError,
-       'other cannot be written .*no.*Nothing of it was left behind'),
+       'other is not open to this account .no, 403.: grant it'),
       (KeyboardInterrupt(), KeyboardInterrupt, None)):
     copied = []
 
-    def dies(self, *args, error=error, copied=copied, **kwargs):
+    def dies(local, remote, error=error, copied=copied):
       if len(copied) == 3:
         raise error
-      copied.append(real(self, *args, **kwargs))
-      return copied[-1]
+      copied.append(paths.Path(remote))
+      real(local, remote)
+      assert copied[-1].exists()
 
     with monkeypatch.context() as patch:
-      patch.setattr(type(epath.Path(__file__)), 'copy', dies)
+      patch.setattr(store, 'put_file', dies)
       with pytest.raises(raised, match=match):
         hf.save(f'{bucket}/runs/other', config, params, Words(),
                 max_shard_bytes=10_000)
     assert len(copied) == 3 and copied[0].parent.name == 'other'
-    assert not any(copy.exists() for copy in copied)
-    assert [path.name for path in epath.Path(f'{bucket}/runs').iterdir()] == [
+    assert [path.name for path in paths.Path(f'{bucket}/runs').iterdir()] == [
         'model']
 
 

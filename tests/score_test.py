@@ -205,11 +205,10 @@ def test_files_that_cannot_be_used(tmp_path):
   source = write(tmp_path / 'rows.jsonl', [row()])
   for pair in (
       (tmp_path / 'no.jsonl', tmp_path / 'out.jsonl'),
-      (source, tmp_path / 'no' / 'out.jsonl'),
       (source, tmp_path),
       (source, source / 'out.jsonl'),
   ):
-    with pytest.raises(ValueError, match='--input=.* --output=.* failed'):
+    with pytest.raises(ValueError, match='cannot be read or written'):
       score.score_file(*pair, 'paper')
   assert os.listdir(tmp_path) == ['rows.jsonl']
 

@@ -1,8 +1,8 @@
 """Files → documents, examples and demonstrations.
 
-Everything is JSON lines, UTF-8, one object a line. Each reader checks every
-row before anything is computed; a bad row is a `ValueError` that names file,
-line and field. Ids may be numbers and become text.
+Everything is JSON lines, UTF-8, one object a line, on disk or gs://. Each
+reader checks every row before anything is computed; a bad row is a `ValueError`
+that names file, line and field. Ids may be numbers and become text.
 
     corpus          {id, title, text}  or  {id, contents: '"title"\\ntext'}
     questions       {id, question, answers, gold: [corpus ids],
@@ -19,11 +19,11 @@ import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
 import dataclasses
 import json
-import os
 import re
 from typing import Any
 
 from stepsearch import passages
+from stepsearch import paths
 from stepsearch.types import Document
 from stepsearch.types import Example
 
@@ -31,7 +31,7 @@ _REFERENCE = re.compile(r'#(\d+)')
 _REQUIRED = object()
 
 
-def read_corpus(path: str | os.PathLike[str]) -> passages.Passages:
+def read_corpus(path: paths.Address) -> passages.Passages:
   """Checks the passages of a corpus and maps them, in the file's order.
 
   Raises:
@@ -48,7 +48,9 @@ def read_corpus(path: str | os.PathLike[str]) -> passages.Passages:
       row.text('text')
   if not starts:
     raise ValueError(f'{path} holds no documents.')
-  documents = passages.Passages(passages.mapped(path), starts, hashes)
+  documents = passages.Passages(
+      passages.mapped(paths.local_copy(path)), starts, hashes
+  )
   twice = documents.repeated()
   if twice:
     first, again = twice
@@ -60,7 +62,7 @@ def read_corpus(path: str | os.PathLike[str]) -> passages.Passages:
 
 
 def read_questions(
-    path: str | os.PathLike[str],
+    path: paths.Address,
     corpus: Mapping[str, Document] | None = None,
     *,
     dataset: str = '',
@@ -98,7 +100,7 @@ def read_questions(
 
 
 def read_demonstrations(
-    path: str | os.PathLike[str],
+    path: paths.Address,
 ) -> list[tuple[str, str]]:
   """Reads (question, text) pairs; the text is an episode with its tags.
 
@@ -301,13 +303,12 @@ class _Row:
     return self._values[field]
 
 
-def _rows(path: str | os.PathLike[str]) -> Iterator[_Row]:
+def _rows(path: paths.Address) -> Iterator[_Row]:
   """Yields the rows of a file; empty lines may only stand at its end."""
   empty = start = 0
-  try:
-    file = open(path, 'rb')
-  except OSError as error:
-    raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
+  local = paths.local_copy(path)
+  with paths.explained(path):
+    file = open(local, 'rb')
   with file:
     for line, content in enumerate(file, 1):
       if not content.strip():

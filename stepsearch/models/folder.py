@@ -12,18 +12,15 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-# epath would read gs:// through TensorFlow where that is installed.
-os.environ.setdefault('EPATH_USE_TF', 'false')
+from stepsearch import paths
 
 CONFIG = 'config.json'
 INDEX = 'model.safetensors.index.json'
@@ -38,7 +35,7 @@ _DTYPES = {
 class _Entry:
   """Where a tensor lies."""
 
-  file: epath.Path
+  file: paths.Path
   kind: str  # of numbers, as safetensors spells it
   shape: tuple[int, ...]
   start: int
@@ -49,18 +46,20 @@ class Folder:
   """A folder with config.json and safetensors.
 
   Attributes:
-    path: epath.Path.
+    path: paths.Path.
     config: what config.json holds.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: paths.Address):
     """Reads config.json.
 
     Raises:
       ValueError: no such folder, or no usable config.json in it.
     """
-    self.path = epath.Path(path)
-    if not self.path.is_dir():
+    self.path = paths.Path(path)
+    with paths.explained(self.path):
+      there = self.path.is_dir()
+    if not there:
       raise ValueError(
           f'{self.path}: there is no such folder; give one that holds a '
           'Hugging Face model, with config.json and *.safetensors, on disk or '
@@ -93,7 +92,7 @@ class Folder:
     """
     return {name: entry.shape for name, entry in self._entries.items()}
 
-  def file(self, name: str) -> epath.Path:
+  def file(self, name: str) -> paths.Path:
     """The file that holds a tensor."""
     return self._entries[name].file
 
@@ -190,7 +189,7 @@ class Folder:
     return entries
 
 
-def _header(file: epath.Path) -> Iterator[tuple[str, _Entry]]:
+def _header(file: paths.Path) -> Iterator[tuple[str, _Entry]]:
   """The tensors of one safetensors file, checked against its length."""
   length = file.stat().length
   broken = (f'{file} is cut short or no safetensors file ({length:,} bytes; a '

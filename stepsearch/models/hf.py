@@ -16,16 +16,15 @@ import functools
 import json
 import math
 import os
+import pathlib
 import re
-import shutil
-import tempfile
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch import paths
 from stepsearch import sharding as sharding_lib
 from stepsearch import tokenizer as tokenizer_lib
 from stepsearch.models import folder as folder_lib
@@ -482,7 +481,7 @@ def write_card(
   Raises:
     ValueError: a config that no Hugging Face architecture has.
   """
-  path = epath.Path(path)
+  path = paths.Path(path)
   if source is None:
     ends, pad = tokenizer.eos_ids, tokenizer.pad_id
     special = {
@@ -492,7 +491,7 @@ def write_card(
         'torch_dtype': dtype or 'float32'})
     _write_json(path / _GENERATION, special)
   else:
-    source = epath.Path(source)
+    source = paths.Path(source)
     folder = folder_lib.Folder(source)
     raw = folder.config
     named = [raw[name] for name in ('dtype', 'torch_dtype') if raw.get(name)]
@@ -594,64 +593,23 @@ def _natural(name):
 
 
 def _write_json(path, value):
-  epath.Path(path).write_text(json.dumps(value, indent=2) + '\n')
+  paths.Path(path).write_text(json.dumps(value, indent=2) + '\n')
 
 
 @contextlib.contextmanager
-def _new_folder(path: Any) -> Iterator[str]:
-  """A temporary local folder that becomes `path` when all went well."""
+def _new_folder(path: paths.Address) -> Iterator[pathlib.Path]:
+  """A local folder that becomes `path` when all went well."""
   import safetensors
 
-  path = epath.Path(path)
-  remote = '://' in str(path)
-  failures = (OSError, safetensors.SafetensorError)
-  if remote:
-    failures += _store_errors()
-  draft, copying = None, False
-  try:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-      raise ValueError(
-          f'{path} exists and is not empty: choose another folder to write to, '
-          'or remove it.')
-    if not remote:
-      path.parent.mkdir(parents=True, exist_ok=True)
-    draft = tempfile.mkdtemp(
-        prefix=f'.{path.name}-', dir=None if remote else path.parent)
-    yield draft
-    if remote:
-      copying = True
-      # config.json last: a folder without it is no model.
-      for name in sorted(
-          os.listdir(draft), key=lambda name: name == folder_lib.CONFIG):
-        epath.Path(draft, name).copy(path / name, overwrite=True)
-    else:
-      os.chmod(draft, 0o755)
-      if path.exists():
-        path.rmdir()
-      os.replace(draft, path)
-  except BaseException as error:  # Ctrl-C too
-    left = 'Nothing of it was left behind.'
-    if copying:
-      try:
-        path.rmtree(missing_ok=True)
-      except failures as another:
-        left = f'What was written of it could not be removed ({another}).'
-    if not isinstance(error, failures):
-      raise
-    why = getattr(error, 'strerror', None) or error
+  if paths.occupied(path, folder_lib.CONFIG):
     raise ValueError(
-        f'{path} cannot be written ({why}): free space, check the permissions, '
-        f'or choose another folder. {left}') from error
-  finally:
-    if draft is not None:
-      shutil.rmtree(draft, ignore_errors=True)
-
-
-def _store_errors():
-  """What gcsfs raises besides OSError; imported where it is needed."""
-  import aiohttp
-  from gcsfs import retry
-  from google.auth import exceptions
-
-  return (retry.HttpError, retry.ChecksumError, exceptions.GoogleAuthError,
-          aiohttp.ClientError)
+        f'{path} exists and is not empty: choose another folder to write to, '
+        'or remove it.')
+  try:
+    # config.json last: a folder without it is no model.
+    with paths.new_folder(path, folder_lib.CONFIG) as draft:
+      yield draft
+  except safetensors.SafetensorError as error:  # a full disk, say
+    raise ValueError(
+        f'{path} cannot be written ({error}): free space, check the '
+        'permissions, or choose another folder.') from error

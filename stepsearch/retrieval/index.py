@@ -18,17 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import errno
 import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 from typing import Any
 
 import numpy as np
+
+from stepsearch import paths
 
 BACKENDS = ('auto', 'scann', 'exact')
 REORDER_DTYPES = ('float32', 'bfloat16', 'int8')
@@ -274,7 +274,7 @@ def default_leaves(size: int) -> int:
 
 
 def load(
-    directory: str | os.PathLike[str],
+    directory: paths.Address,
     fingerprints: Mapping[str, str],
     *,
     backend: str = 'auto',
@@ -291,7 +291,7 @@ def load(
     IndexMismatchError: the index was made of something else.
     ValueError: the folder holds no index, or not one for this backend.
   """
-  directory = pathlib.Path(directory)
+  directory = paths.Path(directory)
   metadata = _read_metadata(directory)
   for name, expected in fingerprints.items():
     found = metadata['fingerprints'].get(name)
@@ -304,7 +304,8 @@ def load(
           ' --dimensions, --query_prefix and --passage_prefix as'
           ' config.retriever has them), or point to another folder.'
       )
-  has_assets = (directory / _ASSETS).exists()
+  local = paths.local_copy(directory)
+  has_assets = (local / _ASSETS).exists()
   if backend == 'scann' and not has_assets:
     raise ValueError(
         f'The index in {directory} was saved by the exact backend, so there is'
@@ -315,8 +316,8 @@ def load(
   searcher = None
   if scann is not None:
     with _quiet():
-      searcher = scann.load_searcher(str(directory))
-  vectors = np.load(directory / _VECTORS, mmap_mode='r', allow_pickle=False)
+      searcher = scann.load_searcher(str(local))
+  vectors = np.load(local / _VECTORS, mmap_mode='r', allow_pickle=False)
   parameters = metadata['parameters']
   expected = (parameters['size'], parameters['dimensions'])
   if vectors.shape != expected or vectors.dtype != np.float32:
@@ -328,14 +329,15 @@ def load(
   return Index(vectors, parameters, searcher, metadata['fingerprints'])
 
 
-def exists(directory: str | os.PathLike[str]) -> bool:
+def exists(directory: paths.Address) -> bool:
   """Whether a folder holds a saved index."""
-  return (pathlib.Path(directory) / _METADATA).exists()
+  with paths.explained(directory):
+    return (paths.Path(directory) / _METADATA).exists()
 
 
 @contextlib.contextmanager
 def new_directory(
-    directory: str | os.PathLike[str], *, replace: bool = False
+    directory: paths.Address, *, replace: bool = False
 ) -> Iterator[pathlib.Path]:
   """Yields an empty folder that becomes `directory` if nothing fails.
 
@@ -349,37 +351,16 @@ def new_directory(
   Raises:
     ValueError: the folder holds something that is not an index.
   """
-  directory = pathlib.Path(directory)
-  if directory.exists() and not exists(directory):
-    if not directory.is_dir() or any(directory.iterdir()):
-      raise ValueError(
-          f'{directory} is not empty and holds no index, so nothing is written'
-          ' there: delete it, or point to another folder.'
-      )
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{directory.name}-', dir=directory.parent)
-  )
-  try:
-    temporary.chmod(0o755)  # mkdtemp's 0700 would shut other users out
-    yield temporary
-    if replace and exists(directory):
-      retired = temporary.with_name(temporary.name + '-old')
-      directory.rename(retired)
-      temporary.rename(directory)
-      shutil.rmtree(retired)
-      return
-    try:
-      temporary.rename(directory)
-    except OSError as error:
-      lost_race = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-      if not (lost_race and exists(directory)):
-        raise
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  if not exists(directory) and paths.occupied(directory, _METADATA):
+    raise ValueError(
+        f'{directory} is not empty and holds no index, so nothing is written'
+        ' there: delete it, or point to another folder.'
+    )
+  with paths.new_folder(directory, _METADATA, replace=replace) as folder:
+    yield folder
 
 
-def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
+def _read_metadata(directory: paths.Path) -> dict[str, Any]:
   try:
     metadata = json.loads((directory / _METADATA).read_text())
   except FileNotFoundError:

@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
-import pathlib
 import threading
 import time
 from typing import Any, Protocol
@@ -25,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stepsearch import passages
+from stepsearch import paths
 from stepsearch.retrieval import embed as embedding
 from stepsearch.retrieval import index as indexing
 from stepsearch.types import Document
@@ -129,7 +128,7 @@ class Retriever:
     """Embeds texts as passages: [n, d] float32."""
     return self.embedder.embed_passages(texts)
 
-  def save(self, directory: str | os.PathLike[str], *, replace: bool = False):
+  def save(self, directory: paths.Address, *, replace: bool = False):
     """Writes a folder that `load` reads; it appears whole or not at all.
 
     Args:
@@ -152,7 +151,7 @@ def build(
     embedder: str | embedding.Embedder = 'lexical',
     dimensions: int = 1024,
     index: str = 'auto',
-    directory: str | os.PathLike[str] | None = None,
+    directory: paths.Address | None = None,
     replace: bool = False,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
@@ -215,7 +214,7 @@ def build(
 
 
 def load(
-    directory: str | os.PathLike[str],
+    directory: paths.Address,
     *,
     documents: Sequence[Document] | None = None,
     embedder: embedding.Embedder | None = None,
@@ -238,7 +237,6 @@ def load(
     index.IndexMismatchError: the index was made of something else.
     ValueError: the folder holds no index.
   """
-  directory = pathlib.Path(directory)
   expected = {}
   if documents is not None:
     corpus = corpus_fingerprint(documents)
@@ -247,12 +245,13 @@ def load(
   if embedder is not None:
     expected['embedder'] = embedder.fingerprint
   loaded = indexing.load(directory, expected, backend=index)
+  local = paths.local_copy(directory)
   if documents is None:
     corpus, shard = loaded.fingerprints['corpus'], (0, 1)
-    documents = passages.read(directory / _CORPUS)
+    documents = passages.read(local / _CORPUS)
   if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
     try:
-      embedder = embedding.LexicalEmbedder.load(directory)
+      embedder = embedding.LexicalEmbedder.load(local)
     except FileNotFoundError:
       raise ValueError(
           f'The index in {directory} was built with an encoder that is not'
@@ -417,11 +416,11 @@ def passage_text(document: Document) -> str:
 
 
 def shard_directory(
-    directory: str | os.PathLike[str], shard: tuple[int, int]
-) -> pathlib.Path:
+    directory: paths.Address, shard: tuple[int, int]
+) -> paths.Path:
   """Where a shard lies: in a folder of the directory, or there if whole."""
   p, count = shard
-  directory = pathlib.Path(directory)
+  directory = paths.Path(directory)
   return directory / f'shard-{p:05}-of-{count:05}' if count > 1 else directory
 
 
