@@ -34,9 +34,8 @@ def running() -> Iterator[dict[str, str]]:
     port = free.getsockname()[1]
   url = f'http://127.0.0.1:{port}'
   process = subprocess.Popen(
-      [sys.executable, '-m', 'gcp_storage_emulator', 'start', '--quiet',
-       '--host=127.0.0.1', f'--port={port}', '--in-memory'],
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      [sys.executable, __file__, str(port)], stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL)
   try:
     for _ in range(300):
       try:
@@ -66,3 +65,26 @@ def new_bucket(environment: dict[str, str]) -> str:
       {'Content-Type': 'application/json'})
   urllib.request.urlopen(request, timeout=30).close()
   return f'gs://{name}'
+
+
+def _serve(port: int) -> None:
+  from gcp_storage_emulator.handlers import objects
+
+  download = objects.download
+
+  def with_generation(request, response, storage, *args, **kwargs):
+    # The real store says it, and TensorStore fails now and then without it.
+    download(request, response, storage, *args, **kwargs)
+    if response.status < 300:
+      response['x-goog-generation'] = storage.get_file_obj(
+          request.params['bucket_name'], request.params['object_id']
+      )['generation']
+
+  objects.download = with_generation
+  from gcp_storage_emulator import server
+
+  server.create_server('127.0.0.1', port, in_memory=True).run()
+
+
+if __name__ == '__main__':
+  _serve(int(sys.argv[1]))
