@@ -122,5 +122,7 @@ def get_config(arg=''):
   config.eval = ConfigDict(dict(
       every=50, batch_size=128,
       sampled=True))  # also at T = rollout.temperature, first and last
+  # The first and the last step to trace into <workdir>/profile; () = none.
+  config.profile = ConfigDict(dict(steps=()))
   config.checkpoint = ConfigDict(dict(every=50, keep_latest=2, keep_best=1))
   return config

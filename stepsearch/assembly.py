@@ -385,6 +385,12 @@ def _check(config, training, card):
       value = value[name]
     config_lib.require(
         value >= least, field, value, f'must be at least {least}.')
+  traced = tuple(config.profile.steps)
+  config_lib.require(
+      not traced or len(traced) == 2 and 1 <= traced[0] <= traced[1],
+      'profile.steps', traced,
+      'the first and the last step are expected, such as (3, 5), or () for '
+      'none.')
   config_lib.require(
       config.batch_size % config.rollouts_per_question == 0,
       'rollouts_per_question', config.rollouts_per_question,

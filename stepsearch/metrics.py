@@ -11,7 +11,7 @@ a value that is not finite is null there.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import math
@@ -205,6 +205,40 @@ class Delayed:
     self._pending = None
     fetched = jax.device_get(metrics)
     return step, {name: float(value) for name, value in fetched.items()}
+
+
+class Profile:
+  """Traces some steps with jax.profiler, for TensorBoard's profile tab."""
+
+  def __init__(self, steps: Sequence[int], folder: paths.Address):
+    """Takes the first and the last step, or () for none, and where to write."""
+    self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+    self._folder = folder
+    self._written: paths.Mirror | None = None  # while a trace is under way
+
+  @contextlib.contextmanager
+  def step(self, step: int, state: Callable[[], Any]) -> Iterator[None]:
+    """Marks its body as a step of the trace.
+
+    Args:
+      step: its number; the trace starts with the first that is asked for.
+      state: what is computed last; waited for before the trace ends.
+    """
+    if step in self._steps and self._written is None:
+      self._written = paths.Mirror(self._folder)
+      jax.profiler.start_trace(self._written.local)
+    with jax.profiler.StepTraceAnnotation('step', step_num=step):
+      yield
+      if step == max(self._steps, default=None):
+        jax.block_until_ready(state())
+        self.close()
+
+  def close(self) -> None:
+    """Ends a trace that is under way and writes it."""
+    if self._written is not None:
+      written, self._written = self._written, None
+      jax.profiler.stop_trace()
+      written.close()
 
 
 def check_finite(

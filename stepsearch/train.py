@@ -37,7 +37,7 @@ from stepsearch.rl import rewards as rewards_lib
 
 # What may differ between the runs of one workdir.
 _MAY_CHANGE = (
-    'checkpoint', 'tensorboard', 'compilation_cache', 'offload',
+    'checkpoint', 'tensorboard', 'profile', 'compilation_cache', 'offload',
     'retriever.url', 'retriever.timeout', 'retriever.retries',
     'retriever.give_up')
 
@@ -52,7 +52,7 @@ def train(
     config: as of configs/default.py.
     workdir: on disk or gs://; receives config.json, metrics.jsonl,
       tensorboard/, index/, model/, reference/, checkpoints/, transcripts/,
-      eval.json, learning_curve.png.
+      eval.json, learning_curve.png, profile/.
     source: the --config flags, for the command that is shown at the end.
 
   Returns:
@@ -154,6 +154,8 @@ class _Run:
         keep_best=config.checkpoint.keep_best))
     self._writer = stack.enter_context(contextlib.closing(
         metrics.Writer(root, config.tensorboard)))
+    self._profile = stack.enter_context(contextlib.closing(
+        metrics.Profile(config.profile.steps, root / 'profile')))
     self.state: Any = None
     self.done = 0
     self._saved: int | None = None  # step of the newest checkpoint
@@ -209,13 +211,18 @@ class _Run:
   # -- a step ------------------------------------------------------------------
 
   def step(self):
-    """Plays the questions of a step and learns from them."""
+    """Takes a step, traced where config.profile.steps says so."""
+    with self._timer.section('update'):  # the rollout would wait for it anyway
+      jax.block_until_ready(self.state.actor.params)
+    with self._profile.step(self.done + 1, lambda: self.state):
+      self._play_and_learn()
+
+  def _play_and_learn(self):
+    """Plays the questions of a step and learns from what was played."""
     step, parts, timer = self.done, self._parts, self._timer
     examples = [
         example for example in self._questions.batch(step)
         for _ in range(self._each)]
-    with timer.section('update'):  # the rollout would wait for it anyway
-      jax.block_until_ready(self.state.actor.params)
     failed, start = parts.retriever.failed, time.perf_counter()
     with timer.section('rollout'):
       trajectory, transcripts = parts.collect(

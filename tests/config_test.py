@@ -166,6 +166,8 @@ def run(config):
     open('no/such/file')
   if what == 'bug':
     np.zeros(2) + np.zeros(3)  # a ValueError of a library
+  if what == 'interrupt':
+    raise KeyboardInterrupt
   if what == 'key':
     {}['x']
   print('ran', config.rl.epochs)
@@ -183,6 +185,7 @@ if __name__ == '__main__':
      "'no/such/file'\n"),
     (['--what=bug'], 1, '', ...),
     (['--what=key'], 1, '', ...),
+    (['--what=interrupt'], 130, '', None),
     (['--config.rl.epoch=4'], 1, '', 'error: --config.rl.epoch=4: there is no '
      'such field; did you mean config.rl.epochs?\n'),
     (['--whaat=1'], 1, '', "error: Unknown command line flag 'whaat'. Did you "

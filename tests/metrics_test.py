@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from stepsearch import metrics
+from stepsearch import paths
 
 
 def _read(workdir):
@@ -146,19 +147,41 @@ _PROGRAM = """
 import sys
 {before}
 from stepsearch import metrics
-writer = metrics.Writer(sys.argv[1])
-for step in range(2):
-  writer.write(step, dict(a=step + 0.5))
-writer.close()
+for workdir in sys.argv[1:]:
+  writer = metrics.Writer(workdir)
+  for step in range(2):
+    writer.write(step, dict(a=step + 0.5))
+    writer.flush()
+  writer.amend(dict(b=2))
+  writer.close()
 """
 
 
-def _run(tmp_path, before=''):
+def _run(*workdirs, before=''):
   return subprocess.run(
-      [sys.executable, '-c', _PROGRAM.format(before=before), str(tmp_path)],
+      [sys.executable, '-c', _PROGRAM.format(before=before),
+       *map(str, workdirs)],
       cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
       timeout=120, check=False,
       env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+
+
+def test_rows_in_a_store_are_gone_on_with_and_cut_back(bucket):
+  workdir = paths.Path(bucket)
+  for steps in (range(3), range(3, 5)):
+    writer = metrics.Writer(workdir, tensorboard=False)
+    for step in steps:
+      writer.write(step, {'a': math.nan if step == 1 else step})
+      writer.flush()
+  assert [row['a'] for row in _read(workdir)] == [0, None, 2, 3, 4]
+  resumed = metrics.Writer(workdir, tensorboard=False)
+  resumed.cut_back(1)
+  resumed.amend({'b': 1})
+  resumed.write(2, {'a': 20})
+  resumed.close()
+  assert _read(workdir) == [
+      {'step': 0, 'a': 0}, {'step': 1, 'a': None, 'b': 1},
+      {'step': 2, 'a': 20}]
 
 
 def _events(directory):
@@ -177,13 +200,18 @@ def _events(directory):
   return events
 
 
-def test_tensorboard_events_hold_the_rows_and_stderr_stays_empty(tmp_path):
+def test_tensorboard_events_hold_the_rows_and_stderr_stays_empty(
+    tmp_path, bucket):
   if importlib.util.find_spec('tensorflow') is None:
     pytest.skip('no TensorFlow: JSONL only')
-  done = _run(tmp_path)
+  workdirs = [tmp_path, paths.Path(bucket) / 'run']
+  done = _run(*workdirs)
   assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
-  assert _events(tmp_path / 'tensorboard') == [('a', 0, 0.5), ('a', 1, 1.5)]
-  assert len(_read(tmp_path)) == 2
+  for workdir in workdirs:
+    assert _events(workdir / 'tensorboard') == [
+        ('a', 0, 0.5), ('a', 1, 1.5), ('b', 1, 2)]
+    assert _read(workdir) == [
+        {'step': 0, 'a': 0.5}, {'step': 1, 'a': 1.5, 'b': 2}]
 
 
 def test_without_tensorflow_there_is_a_notice_and_jsonl(tmp_path):

@@ -21,6 +21,7 @@ from stepsearch import evaluate
 from stepsearch import evaluation
 from stepsearch import export
 from stepsearch import metrics
+from stepsearch import paths
 from stepsearch import sharding
 from stepsearch import train
 from stepsearch import types
@@ -28,20 +29,12 @@ from stepsearch.models import hf
 from stepsearch.models import qwen
 from stepsearch.retrieval import retriever
 from stepsearch.rollout import collect
+from tests import micro
+from tests.benchmarks import kill
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SHARED = _ROOT.parent / 'shared'
-MICRO = (
-    'num_steps=4', 'batch_size=8', 'tensorboard=false', 'mesh=(1, 1, -1)',
-    'model.embed=32', 'model.layers=2', 'model.heads=2', 'model.kv_heads=1',
-    'model.head_dim=16', 'model.mlp=32', 'world.train_entities=24',
-    'world.eval_entities=16', 'world.name_words=8', 'data.train_questions=40',
-    'data.eval_questions=10', 'retriever.dimensions=128',
-    'ppo.minibatch_size=4', 'ppo.microbatch_size=2', 'warmup.steps=6',
-    'warmup.batch_size=8', 'demonstrations.count=40', 'eval.every=2',
-    'eval.batch_size=8', 'checkpoint.every=2')
-# Of the machine, or of this process.
-_UNREPEATABLE = ('time/', 'rollout/tokens_per_s')
+MICRO = micro.OVERRIDES
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +56,7 @@ def _environment(home):
 
 def _rows(workdir):
   return [
-      {k: v for k, v in row.items() if not k.startswith(_UNREPEATABLE)}
+      {k: v for k, v in row.items() if not k.startswith(micro.UNREPEATABLE)}
       for row in metrics.read(workdir / 'metrics.jsonl')]
 
 
@@ -185,39 +178,83 @@ def test_an_engine_that_is_down_stops_the_run_and_loses_nothing(
   assert _rows(tmp_path) == _rows(whole)
 
 
-def test_an_interrupted_and_a_killed_process_resume(whole, tmp_path):
-  command = [
-      sys.executable, '-m', 'stepsearch.train', '--config=configs/tiny.py',
-      f'--workdir={os.path.relpath(tmp_path, _ROOT)}',
-      *(f'--config.{leaf}' for leaf in MICRO)]
-  environment = _environment(tmp_path)
-  for first, sent, code in (
-      ('after warm-up', signal.SIGINT, 130),
-      (('step 2/4', 'step 3/4'), signal.SIGKILL, -signal.SIGKILL)):
-    with subprocess.Popen(
-        command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True) as process:
-      for line in process.stdout:
-        if line.startswith(first):
-          process.send_signal(sent)
-          break
-      out, err = process.communicate(timeout=120)
-    assert process.returncode == code
-    if sent == signal.SIGINT:
-      assert not err
-      assert 'interrupted: the same command' in out
-  again = subprocess.run(
-      command, cwd=_ROOT, env=environment, capture_output=True, text=True,
-      timeout=240, check=False)
-  assert again.returncode == 0, again.stderr
-  assert not again.stderr
-  assert 'resumed' in again.stdout
-  assert [row['step'] for row in _rows(tmp_path)] == [0, 1, 2, 3, 4]
-  # Another process, other flags: equal to float tolerance.
-  last, expected = _rows(tmp_path)[-1], _rows(whole)[-1]
-  assert last.keys() == expected.keys()
-  assert last['reward/total'] == pytest.approx(
-      expected['reward/total'], abs=0.05)
+def test_a_stopped_process_ends_as_one_that_was_left_alone(tmp_path):
+  """SIGTERM in the rollout after step 1, then SIGKILL in the next save."""
+  environment = _environment(tmp_path) | {
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false'}
+  whole, stopped, compiled = (
+      str(tmp_path / name) for name in ('whole', 'stopped', 'compiled'))
+  kill.alone(whole, compiled, environment)
+  said = []
+
+  def next_stop(workdir, number):
+    if number == 0:
+      return kill.Stop(
+          signal.SIGTERM, lambda run: any(
+              line.startswith('step 1/4') for line in run.lines), '')
+    return kill.Stop(
+        signal.SIGKILL, kill.while_saving(workdir, environment, 0), '')
+
+  kill.compare(
+      whole, lambda: stopped, compiled, environment, 2, next_stop, said.append)
+  assert [line.partition(' ')[0] for line in said] == [
+      'SIGTERM', 'SIGKILL', 'ended:']
+
+
+def test_a_run_on_gs_ends_as_on_disk(whole, bucket, monkeypatch, capfd):
+  """SIGTERM in the evaluation of step 2, and in the rollout after step 3."""
+  workdir = paths.Path(bucket) / 'run'
+  evaluate_, collect_ = evaluation.evaluate, collect.Collector.__call__
+  stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  calls = []
+
+  def evaluated(*args, **options):
+    calls.append('evaluation')
+    if calls.count('evaluation') == 3:
+      stop()
+    return evaluate_(*args, **options)
+
+  def collected(self, params, examples, key, **options):
+    calls.append('rollout' if not options else 'held-out')
+    if calls.count('rollout') == 4:
+      stop()
+    return collect_(self, params, examples, key, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, 'evaluate', evaluated)
+    patch.setattr(collect.Collector, '__call__', collected)
+    for step in (2, 3):
+      assert train.train(_config(), str(workdir)) is None
+      out, err = capfd.readouterr()
+      assert f'stopped: the same command goes on from step {step}' in out
+      assert 'Traceback' not in err
+      assert [row['step'] for row in _rows(workdir)] == [*range(step + 1)]
+  config = _config('profile.steps=(4, 4)')
+  trained = train.train(config, str(workdir))
+  assert train.train(config, str(workdir)) == trained
+  assert 'finished run of 4 steps' in capfd.readouterr().out
+  assert _rows(workdir) == _rows(whole)
+  for before, after in zip(
+      jax.tree.leaves(_parameters(whole, 4)),
+      jax.tree.leaves(_parameters(workdir, 4))):
+    np.testing.assert_array_equal(before, after)
+  for name in ('before.json', 'eval.json', 'config.json'):
+    assert (workdir / name).exists()
+  for path in (whole / 'transcripts').iterdir():
+    assert (workdir / 'transcripts' / path.name).read_text() == (
+        path.read_text())
+  assert (workdir / 'eval.json').read_text() == (
+      whole / 'eval.json').read_text()
+  assert (workdir / 'learning_curve.png').read_bytes().startswith(b'\x89PNG')
+  assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == [
+      '3', '4']
+  folder, = (workdir / 'profile' / 'plugins' / 'profile').iterdir()
+  assert any(path.name.endswith('.xplane.pb') for path in folder.iterdir())
+  # And who reads a run reads it there.
+  found = evaluate.evaluate(_config(), str(workdir), f'{bucket}/evaluation')
+  assert found['all'] == pytest.approx(trained)
+  assert (paths.Path(bucket) / 'evaluation' / 'eval.json').exists()
 
 
 def test_evaluate_repeats_the_last_evaluation_of_the_run(whole, tmp_path):
@@ -445,6 +482,7 @@ def test_every_leaf_of_the_config_is_read():
      ('config.retriever.factory', 'no.such:thing')),
     ('reward.factory=no.such:thing',
      ('config.reward.factory', 'no.such:thing')),
+    ('profile.steps=(2, 1)', ('config.profile.steps = (2, 1)', '(3, 5)')),
     ('eval.every=0', ('config.eval.every = 0', 'at least 1')),
     ('seed=-1', ('config.seed = -1', 'at least 0')),
     ('world.eval_entities=0', ('eval_entities = 0', 'at least 2')),
