@@ -39,6 +39,7 @@ from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from stepsearch import paths
+from stepsearch import rendezvous
 
 FLAGS = (
     'coordinator', 'num_processes', 'process_id', 'distributed',
@@ -118,16 +119,17 @@ class _Run:
       raise
 
   def _listen(self, other, link):
-    said = _receive(link)
-    if said == _ENDED or self._ended.is_set():
-      return
-    reason = said or (
-        f'{self.name(other)} is gone: it was killed, or its host is down; look '
-        'at what was printed there, and start all processes again.')
-    if not said and self.index:
-      # jax, whose service was there, is about to abort with a stack trace.
-      self._exit(reason)
-    self._break(reason)
+    said = rendezvous.receive(link)
+    if said != _ENDED and not self._ended.is_set():
+      reason = said or (
+          f'{self.name(other)} is gone: it was killed, or its host is down; '
+          'look at what was printed there, and start all processes again.')
+      if not said and self.index:
+        # jax, whose service was there, is about to abort with a stack trace.
+        self._exit(reason)
+      self._break(reason)
+    while said is not None:  # `linger` waits for the end of the connection
+      said = rendezvous.receive(link)
 
   def _break(self, reason):
     if self.broken:
@@ -140,7 +142,7 @@ class _Run:
 
   def _say(self, text):
     for link in self._links.values():
-      _send(link, text)
+      rendezvous.send(link, text)
 
   def _exit(self, reason):
     print('error:', reason, file=sys.stderr, flush=True)
@@ -165,7 +167,7 @@ class _Run:
     timer.start()
 
   def linger(self) -> None:
-    """Keeps process 0, and what jax has there, until the others have ended."""
+    """Keeps process 0, with jax' service in it, until the others have ended."""
     deadline = time.monotonic() + 2 * _GRACE
     for thread in self._listeners if self.index == 0 else ():
       thread.join(max(deadline - time.monotonic(), 0))
@@ -356,12 +358,13 @@ def joined(
   if num_processes == 1:
     yield
     return
-  hosts, links = _meet(coordinator, num_processes, process_id, timeout)
+  hosts, links = rendezvous.meet(
+      coordinator, num_processes, process_id, timeout)
   jax.config.update('jax_enable_preemption_service', preemptible)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=(
-          coordinator if _is_loopback(coordinator) else None))
+          coordinator if rendezvous.is_loopback(coordinator) else None))
   run = _RUN = _Run(
       jax_distributed.global_state.client, process_id, hosts, links, timeout)
   atexit.register(_leave, run)
@@ -435,124 +438,3 @@ def _arguments(coordinator, num_processes, process_id, automatic, timeout):
         f'--coordinator={coordinator}: HOST:PORT is expected, the address of '
         'process 0 and a free port there.')
   return coordinator, num_processes, process_id
-
-
-def _is_loopback(coordinator):
-  return coordinator.rpartition(':')[0] in ('localhost', '127.0.0.1', '[::1]')
-
-
-def _meet(
-    coordinator, count, index, timeout
-) -> tuple[list[str], dict[int, socket.socket]]:
-  """Waits until all are there: host names, and process 0's connections.
-
-  Before jax does the same at the same port: where one does not come, it aborts
-  and does not say which.
-  """
-  if index:
-    return _call(coordinator, count, index, timeout)
-  host, _, port = coordinator.rpartition(':')
-  try:
-    server = socket.create_server(
-        (host.strip('[]') if _is_loopback(coordinator) else '', int(port)),
-        backlog=count)
-  except OSError as error:
-    raise ValueError(
-        f'--coordinator={coordinator}: process 0 cannot listen at port {port} '
-        f'({error.strerror or error}): choose another.') from error
-  deadline = time.monotonic() + timeout
-  hosts, links = {0: socket.gethostname()}, {}
-
-  def refuse(text, *more):
-    for link in (*links.values(), *more):
-      _send(link, text)
-      link.close()
-    raise ValueError(text)
-
-  with server:
-    while len(hosts) < count:
-      server.settimeout(max(deadline - time.monotonic(), 0.001))
-      try:
-        link, _ = server.accept()
-      except TimeoutError:
-        missing = ', '.join(str(i) for i in range(count) if i not in hosts)
-        refuse(
-            f'of {count} processes, number {missing} did not come to '
-            f'{coordinator} within {timeout:.0f} s; there were '
-            + ', '.join(f'{i} on {hosts[i]}' for i in sorted(hosts)) + '.')
-      said = _receive(link, 5)
-      if not isinstance(said, list) or len(said) != 3:
-        link.close()
-        continue  # not one of ours
-      other, total, name = said
-      if total != count:
-        refuse(
-            f'process {other} on {name} was started with --num_processes='
-            f'{total}, and process 0 on {hosts[0]} with {count}.', link)
-      if other in hosts:
-        refuse(
-            f'--process_id={other} was given twice, on {hosts[other]} and on '
-            f'{name}.', link)
-      hosts[other], links[other] = name, link
-  found = [hosts[i] for i in range(count)]
-  for link in links.values():
-    _send(link, found)
-    _keep_alive(link)
-  return found, links
-
-
-def _call(coordinator, count, index, timeout):
-  host, _, port = coordinator.rpartition(':')
-  deadline = time.monotonic() + timeout
-  while True:
-    try:
-      link = socket.create_connection(
-          (host.strip('[]'), int(port)), max(deadline - time.monotonic(), 0.1))
-      break
-    except OSError as error:
-      if time.monotonic() > deadline:
-        raise ValueError(
-            f'--coordinator={coordinator}: process 0 could not be reached '
-            f'within {timeout:.0f} s ({error.strerror or error}): check that '
-            'it runs there, and that no firewall closes the port.') from error
-      time.sleep(0.2)
-  _send(link, [index, count, socket.gethostname()])
-  # Process 0 has its own deadline, and then tells who is missing.
-  found = _receive(link, max(deadline - time.monotonic(), 0) + timeout)
-  if isinstance(found, list):
-    _keep_alive(link)
-    return found, {0: link}
-  link.close()
-  raise ValueError(found or (
-      f'--coordinator={coordinator}: what answers there is not process 0 of a '
-      'run that is about to start: it has ended, or a run is under way at this '
-      'port; stop it, or choose another.'))
-
-
-def _send(link, value):
-  with contextlib.suppress(OSError):
-    link.sendall(json.dumps(value).encode() + b'\n')
-
-
-def _receive(link, timeout=None):
-  """The next line as JSON; None if the connection ends, or brings no JSON."""
-  link.settimeout(timeout)
-  line = b''
-  with contextlib.suppress(OSError, ValueError):
-    while not line.endswith(b'\n'):
-      piece = link.recv(1 << 16)
-      if not piece:
-        return None
-      line += piece
-    return json.loads(line)
-  return None
-
-
-def _keep_alive(link):
-  """Lets the kernel find out within a minute that the other host is down."""
-  link.settimeout(None)
-  link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-  for option, value in (
-      ('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 6)):
-    if hasattr(socket, option):
-      link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

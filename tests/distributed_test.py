@@ -21,6 +21,7 @@ from stepsearch import config as config_lib
 from stepsearch import distributed
 from stepsearch import metrics
 from stepsearch import paths
+from stepsearch import rendezvous
 from stepsearch import train
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -159,11 +160,11 @@ def test_an_environment_says_who_is_who(monkeypatch):
 
 
 def _meetings(calls):
-  """What `_meet` returns or raises for each (port, count, index, seconds)."""
+  """What `meet` returns or raises for each (port, count, index, seconds)."""
   def one(call):
     port, *rest = call
     try:
-      return distributed._meet(f'127.0.0.1:{port}', *rest)[0]
+      return rendezvous.meet(f'127.0.0.1:{port}', *rest)[0]
     except ValueError as error:
       return str(error)
 

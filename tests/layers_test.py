@@ -6,7 +6,7 @@
     1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
        costs
     0  types, sharding, tokenizer, preemption, distributed, topology, hlo; below
-       all, paths
+       all, paths and rendezvous
 
 Downward only. Inside a layer, only siblings of one package see each other, and
 entry points may read `assembly`, `config` and `report`.
@@ -20,7 +20,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).parents[1]
 
 _LAYERS = {
-    'paths': -1,
+    'paths': -1, 'rendezvous': -1,
     'types': 0, 'sharding': 0, 'tokenizer': 0, 'preemption': 0,
     'distributed': 0, 'hlo': 0, 'topology': 0,
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
