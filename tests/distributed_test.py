@@ -344,7 +344,7 @@ def _check_rows(found, expected):
   for row, other in zip(found, expected):
     assert row.keys() == other.keys()
     for name, value in row.items():
-      assert value == pytest.approx(other[name], rel=1e-3, abs=2e-6), name
+      assert value == pytest.approx(other[name], rel=1e-5, abs=3e-6), name
 
 
 @pytest.fixture(scope='module')
