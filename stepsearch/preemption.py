@@ -13,8 +13,6 @@ import contextlib
 import signal
 import threading
 
-import jax
-
 
 class Stopped(BaseException):
   """The process was told to stop; as little of an error as Ctrl-C."""
@@ -60,7 +58,6 @@ def listening(
     stop.deferred = True
     yield stop
     return
-  jax.devices()  # libtpu handles the signal too: from its start on
   told = []
   stop = Stop(lambda tick: bool(told))
 
