@@ -106,14 +106,10 @@ def merge(config: Config, params: Adapted, dtype: Any) -> Any:
   """
 
   def merged(_, kernel, pair):
-
-    def one(layer):  # layer by layer, for a kernel's float32 is large
-      kernel, a, b = layer
-      added = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-      return (
-          kernel.astype(jnp.float32) + config.scale * added).astype(dtype)
-
-    return jax.lax.map(one, (kernel, pair['a'], pair['b']))
+    # Not layer by layer: XLA would gather a kernel whole for every layer.
+    added = jax.vmap(lambda a, b: jnp.tensordot(
+        a, b, 1, precision=jax.lax.Precision.HIGHEST))(pair['a'], pair['b'])
+    return (kernel.astype(jnp.float32) + config.scale * added).astype(dtype)
 
   new = _each(config, merged, params.base, params.adapters)
   return params.base | {'layers': params.base['layers'] | {

@@ -338,11 +338,16 @@ def _shrink(sampler, state, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weights(sampler, params):
+  model, axes = sampler.model, qwen.axes(sampler.model)[0]
+  laid = lambda tree, axes: jax.lax.with_sharding_constraint(
+      tree, sampler.layout.place(axes))
   if isinstance(params, lora.Adapted):
-    params = lora.merge(sampler.model.lora, params, sampler.model.dtype)
-  params = jax.lax.with_sharding_constraint(
-      qwen.compact(sampler.model, params),
-      sampler.layout.place(qwen.axes(sampler.model)[0]))
+    # Laid out first, so that the sums are taken where they are needed.
+    params = lora.merge(
+        model.lora, lora.Adapted(
+            laid(params.base, axes),
+            laid(params.adapters, lora.axes(model.lora, axes))), model.dtype)
+  params = laid(qwen.compact(model, params), axes)
   return qwen.unroll(params) if sampler.unrolled else params
 
 
