@@ -107,9 +107,8 @@ def _train(config, root, progress, stop):
       config_lib.write(config, root, _MAY_CHANGE)
       assembly.write_card(parts, root / 'model')
   except preemption.Stopped:
-    progress.line('stopped: the same command starts anew')
+    progress.line('stopped: the same command begins where this one did')
     raise
-  stop.deferred = True
   with contextlib.ExitStack() as stack:
     if paths.is_remote(root):
       stack.enter_context(paths.explained(root))
@@ -177,6 +176,7 @@ class _Run:
       params = _step_zero(
           self._parts, root, self._init_key, self._progress, self._timer,
           self._stop)
+      self._stop.deferred = True  # from now on there is something to keep
       self.state = learner.start(
           params, jax.random.fold_in(self._init_key, 1))
       self._reference = learner.freeze(params)
@@ -191,6 +191,7 @@ class _Run:
     else:
       like = learner.shapes
       self.state, _ = self._store.restore(like)
+      self._stop.deferred = True
       self._reference = learner.freeze(checkpoints.restore_once(
           root / 'reference', _step_zero_like(self._parts)))
       self.done = self._saved = first

@@ -3,6 +3,7 @@ import pathlib
 
 import pytest
 
+from stepsearch import paths
 from stepsearch.data import datasets
 from stepsearch.types import Document
 from stepsearch.types import Example
@@ -87,6 +88,17 @@ def test_bytes_that_are_not_text(tmp_path):
   path.write_bytes(b'{"id": 1, "title": "\xff", "text": "x"}\n')
   with pytest.raises(ValueError, match='line 1: it is not JSON'):
     datasets.read_corpus(path)
+
+
+def test_a_corpus_in_a_store(bucket):
+  rows = [{'id': i, 'title': f't{i}', 'text': f'text {i}'} for i in range(3)]
+  path = paths.Path(bucket) / 'corpus.jsonl'
+  paths.write(path, '\n'.join(map(json.dumps, rows)))
+  assert [(d.id, d.title, d.text) for d in datasets.read_corpus(path)] == [
+      (str(r['id']), r['title'], r['text']) for r in rows]
+  paths.write(path, '{}')
+  with pytest.raises(ValueError, match='corpus.jsonl, line 1, field id'):
+    datasets.read_corpus(str(path))
 
 
 def test_absent_file(tmp_path):

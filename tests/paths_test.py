@@ -2,6 +2,9 @@
 
 import errno
 import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -189,3 +192,26 @@ def test_what_a_disk_refuses_is_one_paragraph(tmp_path):
     open('/no/such/file').close()
   with pytest.raises(ValueError, match='^bad$'), paths.explained('gs://b-1/x'):
     raise ValueError('bad')
+
+
+_COMPILE = """
+import sys
+import jax
+from stepsearch import paths
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+jax.config.update('jax_compilation_cache_dir', sys.argv[1])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+for _ in range(2):
+  jax.jit(lambda x: x + 1)(1.0)
+  jax.clear_caches()
+print(events.count('/jax/compilation_cache/cache_hits'))
+"""
+
+
+def test_compiled_programs_are_kept_in_a_store(bucket):
+  done = subprocess.run(
+      [sys.executable, '-c', _COMPILE, f'{bucket}/compiled'],
+      cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
+      timeout=120, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (0, '1\n', '')

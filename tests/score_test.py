@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import score
 
@@ -211,6 +212,13 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match='cannot be read or written'):
       score.score_file(*pair, 'paper')
   assert os.listdir(tmp_path) == ['rows.jsonl']
+
+
+def test_files_in_a_store(bucket):
+  source, output = (paths.Path(bucket) / name for name in ('in', 'out'))
+  paths.write(source, json.dumps(row()) + '\n')
+  assert score.score_file(source, output, 'paper') == 1
+  assert json.loads(output.read_text()) == scored(row())
 
 
 def test_command(tmp_path):

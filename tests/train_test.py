@@ -257,6 +257,22 @@ def test_a_run_on_gs_ends_as_on_disk(whole, bucket, monkeypatch, capfd):
   assert (paths.Path(bucket) / 'evaluation' / 'eval.json').exists()
 
 
+def test_sigterm_before_there_is_anything_to_keep(
+    tmp_path, monkeypatch, capfd):
+  def terminated(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+  for name, said in (
+      ('write_card', 'stopped: the same command begins where this one did'),
+      ('demonstrations', 'stopped: the same command starts anew')):
+    with monkeypatch.context() as patch:
+      patch.setattr(assembly, name, terminated)
+      assert train.train(_config(), str(tmp_path)) is None
+    out, err = capfd.readouterr()
+    assert said in out and not err
+
+
 def test_evaluate_repeats_the_last_evaluation_of_the_run(whole, tmp_path):
   found = evaluate.evaluate(_config(), str(whole), str(tmp_path))
   stored = json.loads((whole / 'eval.json').read_text())
