@@ -143,12 +143,12 @@ class Stop:
         return False
     run.send(self.number)
     if self.number == signal.SIGKILL:
-      run.end(-signal.SIGKILL)
-    elif run.end(0, -signal.SIGTERM, seconds=_PATIENCE):
-      assert 'or:' in run.lines[-1], run.lines[-3:]
+      return run.end(-signal.SIGKILL, 0) != 0
+    code = run.end(0, -signal.SIGTERM, seconds=_PATIENCE)
+    if run.lines[-1].startswith('or:'):
       return False  # too late: it was on its way out
-    else:
-      assert 'stopped: the same command' in run.lines[-1], run.lines[-3:]
+    assert code == 0, code
+    assert 'stopped: the same command' in run.lines[-1], run.lines[-3:]
     return True
 
 
