@@ -36,7 +36,6 @@ from typing import Any
 import jax
 from jax._src import clusters
 from jax._src import distributed as jax_distributed
-from jax.experimental import multihost_utils
 
 from stepsearch import paths
 from stepsearch import rendezvous
@@ -48,15 +47,17 @@ TIMEOUT = 300.0  # seconds that processes wait for one another
 _PULSE = 1.0  # seconds after which a wait looks whether the run goes on
 _ROOM = 'stepsearch'  # of our keys
 _GRACE = 10.0  # seconds that a process has to end once another has failed
-_ENDED = 'ended'  # said on the way out of a run that went well
+# What is said between processes, besides why one has failed:
+_ENDED = 'ended'  # on the way out of a run that went well
+_STOP = 'stop'
 
 
 class _Run:
   """This process among the others, from `joined` on.
 
   Process 0 keeps a connection to each of them. All that is ever said there is
-  how a process ends; one that is killed says nothing, but its connection ends
-  with it, so that the others know at once.
+  that all should stop, and how a process ends; one that is killed says nothing,
+  but its connection ends with it, so that the others know at once.
   """
 
   def __init__(self, client: Any, index: int, hosts: list[str],
@@ -69,6 +70,10 @@ class _Run:
     self.code = 0  # that this process ends with
     self._links = links
     self._sequence: dict[str, int] = {}  # exchanges by channel
+    self._ticking = threading.Lock()
+    self._tick = 0
+    self._stopping = False
+    self._stop_at: int | None = None  # tick
     self._ended = threading.Event()
     self._listeners = [
         threading.Thread(target=self._listen, args=item, daemon=True)
@@ -119,7 +124,8 @@ class _Run:
       raise
 
   def _listen(self, other, link):
-    said = rendezvous.receive(link)
+    while (said := rendezvous.receive(link)) == _STOP:
+      self._begin_to_stop()
     if said != _ENDED and not self._ended.is_set():
       reason = said or (
           f'{self.name(other)} is gone: it was killed, or its host is down; '
@@ -147,6 +153,31 @@ class _Run:
   def _exit(self, reason):
     print('error:', reason, file=sys.stderr, flush=True)
     os._exit(1)
+
+  def ask_to_stop(self) -> None:
+    if self.index:
+      self._say(_STOP)  # process 0 passes it on
+    else:
+      self._begin_to_stop()
+
+  def _begin_to_stop(self):
+    if self._stopping:
+      return
+    self._stopping = True
+    if self.index == 0:
+      self._say(_STOP)
+    threading.Thread(target=self._find_where_to_stop, daemon=True).start()
+
+  def _find_where_to_stop(self):
+    # Not in the main thread, which may need another process to go on before it
+    # comes to its next tick. The lock keeps all at the ticks that they tell.
+    with self._ticking, contextlib.suppress(ValueError):
+      self._stop_at = 1 + max(self.exchange(self._tick, 'stop', self.timeout))
+
+  def stop_requested(self, tick: int) -> bool:
+    with self._ticking:
+      self._tick = tick
+      return self._stop_at is not None and tick >= self._stop_at
 
   def end(self) -> None:
     """Leaves a run that went well."""
@@ -262,13 +293,21 @@ def _difference(name, one, other) -> tuple[str, str, str] | None:
   return None
 
 
-def stop_requested(tick: int) -> bool:
-  """Whether all processes are to stop at this tick, for SIGTERM came to one.
+def ask_to_stop() -> None:
+  """Lets `stop_requested` become true in all processes; for signal handlers."""
+  _RUN.ask_to_stop()
 
-  All of them ask at every tick, counted from 1, and get the same answer: the
-  tick after the latest that any of them had reached.
+
+def stop_requested(tick: int) -> bool:
+  """Whether several processes are to stop at this tick, for one was asked to.
+
+  All of them come here at every tick, counted from 1, and are told to stop at
+  the same: the one after the latest that any of them had reached.
+
+  `multihost_utils.reached_preemption_sync_point` would do the same, were it not
+  that Orbax calls it too, with numbers of its own, at every save.
   """
-  return multihost_utils.reached_preemption_sync_point(tick)
+  return _RUN.stop_requested(tick)
 
 
 def share(directory: paths.Path, flag: str) -> None:
@@ -302,9 +341,7 @@ def share(directory: paths.Path, flag: str) -> None:
         'gs://bucket/path.')
 
 
-def define_flags(
-    *, preemptible: bool = False
-) -> Callable[[], contextlib.AbstractContextManager[None]]:
+def define_flags() -> Callable[[], contextlib.AbstractContextManager[None]]:
   """Defines the flags of an entry point; returns `joined` as they say."""
   from absl import flags
 
@@ -323,15 +360,13 @@ def define_flags(
       'before the run ends and names those that are missing.')
   return lambda: joined(
       coordinator.value, num_processes.value, process_id.value,
-      automatic=automatic.value, timeout=timeout.value,
-      preemptible=preemptible)
+      automatic=automatic.value, timeout=timeout.value)
 
 
 @contextlib.contextmanager
 def joined(
     coordinator: str | None, num_processes: int | None, process_id: int | None,
     *, automatic: bool = False, timeout: float = TIMEOUT,
-    preemptible: bool = False,
 ) -> Iterator[None]:
   """Joins the other processes for the body, before jax touches its devices.
 
@@ -345,8 +380,6 @@ def joined(
     process_id: of this one, from 0.
     automatic: find the three in the environment, as jax does.
     timeout: seconds, here and by default in `exchange`.
-    preemptible: several processes take note of SIGTERM for `stop_requested`
-      instead of dying of it.
 
   Raises:
     ValueError: arguments that are missing, out of range or taken; processes
@@ -360,7 +393,8 @@ def joined(
     return
   hosts, links = rendezvous.meet(
       coordinator, num_processes, process_id, timeout)
-  jax.config.update('jax_enable_preemption_service', preemptible)
+  # It would take SIGTERM for itself.
+  jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=(

@@ -41,7 +41,7 @@ class Stop:
 
 @contextlib.contextmanager
 def listening(
-    agreed: Callable[[int], bool] | None = None
+    several: tuple[Callable[[], None], Callable[[int], bool]] | None = None
 ) -> Iterator[Stop]:
   """Takes note of SIGTERM instead of dying of it.
 
@@ -49,20 +49,18 @@ def listening(
   noted.
 
   Args:
-    agreed: of one of several processes: tells what `Stop.requested` does, and
-      takes note itself. Then no signal raises by itself, for all have to stop
-      at the same point.
+    several: of one of several processes, which have to stop at the same point:
+      what tells all of them, and their common `Stop.requested`. Then no signal
+      raises by itself.
   """
-  if agreed is not None:
-    stop = Stop(agreed)
-    stop.deferred = True
-    yield stop
-    return
   told = []
-  stop = Stop(lambda tick: bool(told))
+  tell, requested = several or (
+      lambda: told.append(1), lambda tick: bool(told))
+  stop = Stop(requested)
+  stop.deferred = several is not None
 
   def note(*_):
-    told.append(1)
+    tell()
     if not stop.deferred:
       raise Stopped
 

@@ -132,7 +132,7 @@ def receive(link: socket.socket, timeout: float | None = None) -> Any:
   line = b''
   with contextlib.suppress(OSError, ValueError):
     while not line.endswith(b'\n'):
-      piece = link.recv(1 << 16)
+      piece = link.recv(1)  # the next line is for the next call
       if not piece:
         return None
       line += piece

@@ -84,9 +84,9 @@ def train(
   if finished.exists():
     progress.line(f'{root} is a finished run of {config.num_steps} steps.')
   else:
+    several = distributed.ask_to_stop, distributed.stop_requested
     with preemption.listening(
-        distributed.stop_requested if distributed.count() > 1 else None
-    ) as stop:
+        several if distributed.count() > 1 else None) as stop:
       try:
         _train(config, root, progress, stop)
       except preemption.Stopped:
@@ -460,7 +460,7 @@ if __name__ == '__main__':
 
   _WORKDIR = flags.DEFINE_string(
       'workdir', None, 'Where everything of this run is kept.', required=True)
-  _JOINED = distributed.define_flags(preemptible=True)
+  _JOINED = distributed.define_flags()
 
   def _main(config):
     with _JOINED():

@@ -277,6 +277,16 @@ def _talk(folder, port, index):
       time.sleep(0.5 * (1 - index))
       seen.append((folder / 'made').exists())
       (folder / 'made').write_text('')
+    # Asked to stop, both do so at one tick, far as one may be ahead.
+    for tick in range(1, 200):
+      if distributed.stop_requested(tick):
+        break
+      if tick == 20 and index:
+        distributed.ask_to_stop()
+      if tick % 3 == 0:
+        distributed.exchange(tick, 'ticks')
+      time.sleep(0.01 * (1 + 3 * index * (tick % 2)))
+    seen.append(distributed.exchange(tick))
     distributed.barrier('all')
     if index:
       time.sleep(3)
@@ -309,7 +319,8 @@ def test_two_processes_talk_agree_and_fail_together(tmp_path):
           [[channel, i, 0], [channel, i, 1]] for i in range(20)]
     assert arrays == [[[10_000_000], 0, 0], [[10_000_000], 1, 1]]
     assert left <= 3  # keys: what has been read is deleted
-    clip, version, blind, made, *late, seed = rest
+    clip, version, blind, made, (tick, same), *late, seed = rest
+    assert 20 < tick == same < 60
     assert 'config.ppo.clip_eps is 0.3' in clip and '0.2 in process 0' in clip
     assert 'version.orbax is 2' in version and 'absent in proc' in version
     assert f'process 1 on {host} cannot see' in blind and '--workdir' in blind

@@ -32,18 +32,21 @@ def test_the_signal_stops_at_once_until_it_is_deferred():
 
 
 def test_checks_are_counted_so_that_processes_can_agree():
-  asked = []
+  told, asked = [], []
 
   def agreed(tick):
     asked.append(tick)
-    return tick == 3
+    return bool(told) and tick == 3
 
-  with preemption.listening(agreed) as stop:
+  with preemption.listening((lambda: told.append(1), agreed)) as stop:
+    _terminate()
+    while not told:
+      pass
     stop.check()
     stop.check()
     with pytest.raises(preemption.Stopped):
       stop.check()
-  assert asked == [1, 2, 3]
+  assert asked == [1, 2, 3] and told == [1]
 
 
 def test_other_threads_can_listen_but_hear_nothing():
