@@ -12,6 +12,10 @@ def get_config(arg=''):
   config = default.get_config(arg)
   config.model.vocab_size = 151936
   config.mesh = (1, -1, 1)
+  # A decoding step reads its weights and little else: each chip reads its part
+  # of those that are large, of all rows, instead of all of them for its rows.
+  config.sharding.decode.mlp = config.sharding.decode.vocab = (
+      'fsdp', 'tensor')
   # An instruction and a question; five searches with three passages of 100
   # words each; what is left is written in stretches of 256 tokens.
   config.rollout.update(dict(

@@ -15,6 +15,7 @@ import pytest
 
 from stepsearch import sharding
 from stepsearch.models import attention
+from stepsearch.models import cache as cache_lib
 
 
 def looped(q, k, v, cache=None, lengths=None, segments=None, window=0):
@@ -101,6 +102,32 @@ def test_plain_is_the_equation(form, window):
   if cache:  # any kind computes this plainly
     y = jax.jit(functools.partial(call, window=window, kind='splash'))()
     np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize('shared', [2, 4])
+@pytest.mark.parametrize('length', [1, 5])
+def test_heads_of_a_cache_may_share_rows(shared, length):
+  q, k, v, _ = arrays(3, length, heads=8, kv_heads=4, dim=6)
+  lengths = jnp.asarray([0, 3, 7])
+  old = jnp.asarray(
+      np.random.default_rng(1).normal(size=(2, 3, 4, 7, 6)), jnp.float32)
+  # [2, B, K, S, H] -> [2, B, K / p, S, p H]
+  joined = jnp.concatenate(
+      [old[:, :, i::shared] for i in range(shared)], axis=-1)
+  call = functools.partial(
+      attention.attend, q, k, v, cache_length=lengths, window=4)
+  apart, together = (
+      call(cache=cache_lib.Cache(*x)) for x in (old, joined))
+  np.testing.assert_allclose(together, apart, atol=2e-6)
+  # So are they written.
+  entries = jnp.stack([k, v]).swapaxes(2, 3)  # [2, B, K, T, H]
+  room = ((0, 0),) * 3 + ((0, length), (0, 0))
+  apart, together = (
+      cache_lib.write(jnp.pad(x, room), entries, lengths)
+      for x in (old, joined))
+  np.testing.assert_array_equal(
+      together, jnp.concatenate(
+          [apart[:, :, i::shared] for i in range(shared)], axis=-1))
 
 
 def test_window_is_that_of_transformers():

@@ -128,7 +128,8 @@ def attend(
     k: [B, T, K, H], rotated; K divides N. None: it is in the cache already,
       at slots cache_length[b] + t.
     v: [B, T, K, H], or None as k.
-    cache: one layer's earlier keys and values, `.k` and `.v` [B, K, S, H].
+    cache: one layer's earlier keys and values, `.k` and `.v` [B, K, S, H], or
+      [B, K / p, S, p H] where p heads share a row.
     cache_length: [B] int32, entries of the cache that each row may see.
     segments: [B, T] int32, which of the row's packed sequences a token belongs
       to, 0 for padding; without it a row is one sequence followed by padding,
@@ -183,10 +184,27 @@ def _plain(q, k, v, cache, cache_length, segments, window):
     """
 
     def dots(keys):  # [B, K, G, T, U]
+      shared = keys.shape[-1] // dim
+      if shared > 1:
+        found = _dot('bkgth,bkuh->bkgtu', _beside_zeros(q, shared), keys)
+        return found.reshape(*q.shape[:-1], -1)
       if length > 1:
         return _dot('bkgth,bkuh->bkgtu', q, keys)
       # In this order it takes XLA's CPU backend two thirds of the time.
       return jnp.moveaxis(_dot('bkuh,bkgth->bkugt', keys, q), 2, -1)
+
+    def mixed(weights, values):  # [B, K, G, T, H]
+      shared = values.shape[-1] // dim
+      if shared == 1:
+        return _dot('bkgtu,bkuh->bkgth', weights, values)
+      y = _dot(
+          'bkgtu,bkuh->bkgth', weights.reshape(
+              batch, kv_heads // shared, -1, length, weights.shape[-1]),
+          values)
+      y = y.reshape(
+          batch, kv_heads // shared, shared, -1, length, shared, dim)
+      own = jnp.eye(shared, dtype=y.dtype)[None, None, :, None, None, :, None]
+      return jnp.sum(y * own, axis=-2).reshape(q.shape)
 
     scores = [
         jnp.where(visible[:, None, None], dots(keys) * dim**-0.5, MASKED)
@@ -196,7 +214,7 @@ def _plain(q, k, v, cache, cache_length, segments, window):
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     y = sum(
-        _dot('bkgtu,bkuh->bkgth', w.astype(q.dtype), values)
+        mixed(w.astype(q.dtype), values)
         for w, (_, values, _) in zip(weights, parts))
     y = (y / total).astype(q.dtype).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, length, heads, dim)
@@ -222,6 +240,19 @@ def _plain(q, k, v, cache, cache_length, segments, window):
   if segments is not None:
     visible &= segments[:, :, None] == segments[:, None]
   return joined((k, v, visible))
+
+
+def _beside_zeros(q, shared):
+  """q [B, K, G, T, H] as [B, K / p, p G, T, p H], for keys that share rows.
+
+  What a head does not use of a row it multiplies by zero: a TPU's product is no
+  wider than the row anyway.
+  """
+  batch, heads, group, length, dim = q.shape
+  q = q.reshape(batch, heads // shared, shared, group, length, 1, dim)
+  q *= jnp.eye(shared, dtype=q.dtype)[None, None, :, None, None, :, None]
+  return q.reshape(
+      batch, heads // shared, shared * group, length, shared * dim)
 
 
 def _dot(equation, x, y):

@@ -4,7 +4,8 @@ Two layouts, one for each way to run the layers (`qwen.feed`):
 
 * stacked, [L, B, K, S, H]: the layer scan reads its layer and emits the new
   entries, which are written once, after it. As fast as unrolled layers by the
-  TPU compiler, which needs a tenth of the time for it.
+  TPU compiler, which needs a tenth of the time for it. Of heads narrower than a
+  TPU's lanes, p may share a row: [L, B, K / p, S, p H].
 * a tuple of L arrays [B, K, S, H]: each layer writes its entries, then reads
   them. Elsewhere a scan copies the layer's part of cache and weights before it
   uses them, which is half the time of a decoding step on a CPU.
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 class Cache:
   """Keys (rotated) and values, of the computation's dtype."""
 
-  k: Any  # [L, B, K, S, H], or L times [B, K, S, H]
+  k: Any  # [L, B, K, S, H] or [L, B, K / p, S, p H], or L times [B, K, S, H]
   v: Any
 
 
@@ -37,8 +38,8 @@ def write(
   clamped by XLA and would overwrite valid entries.
 
   Args:
-    cache: arrays [..., B, K, S, H].
-    new: arrays [..., n, K, T, H].
+    cache: arrays [..., B, K, S, H]; heads may share rows.
+    new: arrays [..., n, K, T, H]; or as those of the cache.
     position: [n] int32, where each row's first new entry goes.
     rows: [n] int32, the rows to be written, as of `pick`; None: all B.
     shards: as of `pick`.
@@ -77,6 +78,12 @@ def write(
     return found.reshape(x.shape)
 
   def leaf(x, fresh):
+    shared = x.shape[-1] // fresh.shape[-1]
+    if shared > 1:
+      *lead, heads, length, size = fresh.shape
+      fresh = jnp.moveaxis(
+          fresh.reshape(*lead, heads // shared, shared, length, size), -3, -2)
+      fresh = fresh.reshape(*lead, heads // shared, length, shared * size)
     if rows is not None:
       return sequential(x, fresh)
     # The vectorised form copies the whole cache on CPU and, once a call, on

@@ -46,7 +46,9 @@ REMAT = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'attention': jax.checkpoint_policies.save_only_these_names(
         attention.RESULT),
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.RESULT)),
 }
 
 
@@ -102,7 +104,8 @@ class Config:
 
 
 def empty_cache(
-    config: Config, batch: int, size: int, unrolled: bool = False
+    config: Config, batch: int, size: int, unrolled: bool = False,
+    parts: int = 1,
 ) -> Cache:
   """A zeroed cache for `batch` rows of at most `size` positions.
 
@@ -111,8 +114,13 @@ def empty_cache(
     batch: B.
     size: S.
     unrolled: one array a layer instead of stacked ones, as of `cache`.
+    parts: that the heads are split into, on as many devices.
   """
-  shape = (batch, config.kv_heads, size, config.head_dim)
+  # A TPU moves whole lanes: two heads of 64 share a row, or half is padding.
+  shared = 1 if unrolled else math.gcd(
+      config.kv_heads // parts, attention.LANES // config.head_dim or 1)
+  shape = (
+      batch, config.kv_heads // shared, size, config.head_dim * shared)
 
   def entries():
     if unrolled:

@@ -247,7 +247,7 @@ class Sampler:
     if shared:
       prefix = sharding.shapes(
           jax.eval_shape(
-              lambda: qwen.empty_cache(self.model, 1, shared, self.unrolled)),
+              lambda: _cache(self, 1, shared)),
           _entries(self, None))
     key = jax.eval_shape(lambda: jax.random.key(0))
     table = jax.ShapeDtypeStruct(
@@ -307,6 +307,12 @@ def _entries(sampler, rows: str | None) -> cache_lib.Cache:
   return cache_lib.Cache(entries, entries)
 
 
+def _cache(sampler, rows, size):
+  return qwen.empty_cache(
+      sampler.model, rows, size, sampler.unrolled,
+      sampler.layout.size('kv_heads'))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _empty(sampler, size):
   zeros = jnp.zeros((sampler.slots,), jnp.int32)
@@ -314,8 +320,7 @@ def _empty(sampler, size):
       State(
           pending=zeros, length=zeros + 1, limit=zeros, automaton=zeros,
           stop=zeros + EOS, episode=zeros,
-          cache=qwen.empty_cache(
-              sampler.model, sampler.slots, size, sampler.unrolled)),
+          cache=_cache(sampler, sampler.slots, size)),
       _layout(sampler))
 
 
@@ -353,7 +358,7 @@ def _weights(sampler, params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefix(sampler, params, tokens):
-  cache = qwen.empty_cache(sampler.model, 1, tokens.shape[0], sampler.unrolled)
+  cache = _cache(sampler, 1, tokens.shape[0])
   _, cache = qwen.feed(  # one row, the same on all devices
       sampler.model, sampler.layout, params, tokens[None], cache,
       jnp.zeros((1,), jnp.int32), fresh=True)
