@@ -10,7 +10,7 @@ from configs import default
 
 def get_config(arg=''):
   config = default.get_config(arg)
-  config.model.vocab_size = 151936
+  config.model.update(dict(vocab_size=151936, remat='attention'))
   config.mesh = (1, -1, 1)
   # A decoding step reads its weights and little else: each chip reads its part
   # of those that are large, of all rows, instead of all of them for its rows.

@@ -11,6 +11,7 @@ def get_config(arg=''):
   config.topology = 'v5p:2x2x4'
   config.model.update(dict(
       vocab_size=152064, embed=5120, layers=48, heads=40, kv_heads=8,
-      head_dim=128, mlp=13824, rms_norm_eps=1e-5, tie_embeddings=False))
+      head_dim=128, mlp=13824, rms_norm_eps=1e-5, tie_embeddings=False,
+      remat='dots'))  # there is room
   config.ppo.microbatch_size = 16
   return config

@@ -12,6 +12,7 @@ def get_config(arg=''):
   config.ppo.microbatch_size = 16
   if arg == 'v6e':
     config.topology = 'v6e:2x4'
+    config.ppo.microbatch_size = 8
   elif arg:
     config_lib.unknown_variant(arg, ['v6e'])
   return config

@@ -13,6 +13,7 @@ def get_config(arg=''):
   config.ppo.microbatch_size = config.warmup.batch_size = 64
   if arg == 'v5p':
     config.topology = 'v5p:2x2x2'
+    config.model.remat = 'dots'  # there is room
     config.ppo.microbatch_size = 8
   elif arg:
     config_lib.unknown_variant(arg, ['v5p'])
