@@ -10,7 +10,7 @@ def get_config(arg=''):
   config.model.update(dict(
       vocab_size=152064, embed=3584, layers=28, heads=28, kv_heads=4,
       head_dim=128, mlp=18944, tie_embeddings=False))
-  config.ppo.microbatch_size = config.warmup.batch_size = 64
+  config.ppo.microbatch_size = 64
   if arg == 'v5p':
     config.topology = 'v5p:2x2x2'
     config.model.remat = 'dots'  # there is room

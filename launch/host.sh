@@ -105,13 +105,13 @@ stop() {
   fi
   until [[ -e $RUN/pid ]]; do sleep 0.1; done  # started a moment ago
   touch "$RUN/stopped"
-  kill -TERM "$(<"$RUN/pid")"
+  kill -TERM "$(<"$RUN/pid")" 2>/dev/null || true  # it may have ended
   for ((; seconds > 0; --seconds)); do
     busy || break
     sleep 1
   done
   if busy; then
-    kill -KILL "$(<"$RUN/pid")"
+    kill -KILL "$(<"$RUN/pid")" 2>/dev/null || true
     echo "$(hostname): killed; the last checkpoint is what is left" >&2
     flock "$RUN/lock" true
   fi

@@ -280,11 +280,18 @@ class Launcher:
       _run(self._commands.delete())
 
 
+def _shown(command: list[str]) -> str:
+  """A command as messages show it: values of --env may be secrets."""
+  return re.sub(
+      r'(--command=env) .*? (bash stepsearch)', r'\1 … \2',
+      shlex.join(command))
+
+
 def _run(command: list[str]) -> None:
   """Runs a command in the repository; its output is shown."""
   code = subprocess.run(command, cwd=_ROOT, check=False).returncode
   if code:
-    raise CommandFailed(f'exit status {code} of {shlex.join(command)}')
+    raise CommandFailed(f'exit status {code} of {_shown(command)}')
 
 
 def _capture(command: list[str]) -> subprocess.CompletedProcess:
@@ -295,7 +302,7 @@ def _capture(command: list[str]) -> subprocess.CompletedProcess:
 
 def _failure(command, found) -> CommandFailed:
   return CommandFailed(
-      f'exit status {found.returncode} of {shlex.join(command)}: '
+      f'exit status {found.returncode} of {_shown(command)}: '
       f'{found.stderr.strip() or "it said nothing"}')
 
 

@@ -16,6 +16,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -298,6 +299,7 @@ def demonstrations(parts: Parts) -> warmup.Demonstrations:
         config.rollout.observation_length, last_turn=last, cache=cache)
     return parts.tokenizer.decode(ids)
 
+  failed = parts.retriever.failed
   budget = dict(
       k=config.rollout.k, max_turns=config.rollout.max_turns, seed=config.seed)
   if config.data.demonstrations == 'search_keys':
@@ -318,6 +320,10 @@ def demonstrations(parts: Parts) -> warmup.Demonstrations:
         'learn from: '
         'give config.data.demonstrations, a JSONL file of {question, text} '
         'rows or search_keys, or set config.warmup.steps=0.')
+  config_lib.require(
+      parts.retriever.failed == failed, 'warmup.steps', config.warmup.steps,
+      f'{parts.retriever.failed - failed} searches for its demonstrations '
+      'found no engine that answers: start that again, and the same command.')
   return warmup.tokenize(
       rows, parts.tokenizer, parts.protocol, config.rollout.max_length,
       config.rollout.chat)
@@ -442,8 +448,10 @@ def _check_rows(config, update, decode, training):
   if training:
     fields += [
         ('batch_size', config.batch_size, decode, 'decode'),
-        ('batch_size', config.batch_size, update, 'update'),
-        ('warmup.batch_size', config.warmup.batch_size, update, 'update')]
+        ('batch_size', config.batch_size, update, 'update')]
+    if config.warmup.steps:
+      fields.append(
+          ('warmup.batch_size', config.warmup.batch_size, update, 'update'))
   for field, value, layout, name in fields:
     config_lib.require(
         value % layout.shards == 0, field, value,
@@ -614,6 +622,8 @@ def _retriever(config, corpus, workdir, say, gold=()):
     engine = retriever_lib.build(
         corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
         directory=directory, shard=shard)
+  if shard[1] > 1:  # one may have its shard already, another may encode it
+    distributed.barrier('shards', float('inf'))
   say(f'index of {len(engine):,} passages in {directory}')
   return engine
 

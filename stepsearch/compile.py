@@ -5,8 +5,9 @@
             fits? · peak HBM · FLOPs · bytes · seconds at least ◀─ costs
 
 `python -m stepsearch.compile --config=configs/qwen2_5_3b.py`. Needs libtpu and
-no accelerator, no data, no weights; a tokenizer neither, unless the size of the
-vocabulary is not given otherwise. All figures are of one chip.
+no accelerator, no data, no weights and no tokenizer: config.model.vocab_size or
+config.model.pretrained says how many tokens there are. All figures are of one
+chip. The warm-up is not among what is compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
-import pathlib
 import re
 import time
 from typing import Any
@@ -26,6 +26,7 @@ import ml_collections
 from stepsearch import assembly
 from stepsearch import config as config_lib
 from stepsearch import costs
+from stepsearch import paths
 from stepsearch import sharding
 from stepsearch import topology
 from stepsearch import types
@@ -99,7 +100,7 @@ def plan(
           - k * rollout.observation_length, rollout.response_length), shared)
 
   rows = lambda *shape, dtype='float32': jax.ShapeDtypeStruct(
-      shape, dtype, sharding=machinery.decode.rows)
+      shape, dtype, sharding=machinery.update.rows)
   whole = rows(episodes, shapes.length)
   trajectory = types.Trajectory(
       tokens=rows(*whole.shape, dtype='int32'), token_mask=whole,
@@ -185,7 +186,10 @@ def measure(
     if not needed:
       raise
     unit = {'M': 2**20, 'G': 2**30, 'T': 2**40}[needed.group(2)]
-    phase.peak = max(float(needed.group(1)) * unit, chip.hbm) + beside
+    needed = float(needed.group(1)) * unit
+    if 'temporaries' in str(error):
+      needed += phase.peak - beside
+    phase.peak = max(needed, chip.hbm + 1) + beside
   else:
     phase.peak = compiled.memory_analysis().peak_memory_in_bytes + beside
     phase.cost = costs.cost(compiled.as_text(), phase.passes)
@@ -245,6 +249,8 @@ def report(made: Plan, name: str, config: ml_collections.ConfigDict) -> dict:
             name: made.arrays[name] / GIB
             for name in (*phase.arguments, *phase.beside)},
         'calls': phase.calls, 'compile_s': phase.seconds}
+    found |= dict.fromkeys(
+        ('flops', 'bytes', 'collective_bytes', 'roofline_s', 'bound'))
     if phase.cost is not None:
       seconds, bound = costs.roofline(phase.cost, chip)
       found |= {
@@ -259,12 +265,14 @@ def report(made: Plan, name: str, config: ml_collections.ConfigDict) -> dict:
   wanted = model_flops(
       made.machinery.model, made.tokens, config.ppo.epochs)
   result = {
-      'fits': all(phase.peak <= chip.hbm for phase in made.phases),
+      'fits': all(
+          phase.cost is not None and phase.peak <= chip.hbm
+          for phase in made.phases if phase.calls),
       'hbm_gib': chip.hbm / GIB, 'topology': name, 'chips': chips,
       'mesh': dict(made.machinery.update.mesh.shape),
       'tokens': dataclasses.asdict(made.tokens), 'phases': phases,
       'model_flops': wanted}
-  if all(phase.cost for phase in made.phases):
+  if all(phase.cost is not None for phase in made.phases):
     total = lambda field: sum(
         x[field] * x['calls'] for x in phases.values())
     seconds = total('roofline_s')
@@ -306,7 +314,7 @@ def text(result: dict) -> str:
           f'{"":10}{"a step":>8}{"TFLOP":>10}{"HBM GB":>10}{"sent GB":>10}',
           f'{"at least s":>12}  bound by      {"compiler s":>10}'])]
   for name, phase in result['phases'].items():
-    if 'flops' in phase:
+    if phase['flops'] is not None:
       lines.append(
           f'{name:10}{phase["calls"]:8}{phase["flops"] / 1e12:10.2f}'
           f'{phase["bytes"] / 1e9:10.1f}{phase["collective_bytes"] / 1e9:10.2f}'
@@ -336,7 +344,8 @@ def too_large(
   if result['fits']:
     return None
   name, phase = max(
-      result['phases'].items(), key=lambda item: item[1]['peak_hbm_gib'])
+      ((name, phase) for name, phase in result['phases'].items()
+       if phase['calls']), key=lambda item: item[1]['peak_hbm_gib'])
   parts = phase['resident_gib'] | {'temporaries': max(
       phase['peak_hbm_gib'] - sum(phase['resident_gib'].values()), 0.0)}
   ordered = sorted(parts, key=parts.get, reverse=True)
@@ -353,7 +362,8 @@ def too_large(
   return (
       f'does not fit: {name} needs {phase["peak_hbm_gib"]:.2f} GiB a chip and '
       f'{result["topology"]} has {result["hbm_gib"]:.2f}; the largest is '
-      f'{ordered[0]} (GiB: {listed}); try {" or ".join(advice)}.')
+      f'{ordered[0]} (GiB: {listed}); try '
+      f'{" or ".join(advice or ["a shorter config.rollout.max_length"])}.')
 
 
 def _advice(part, phase, config, machinery) -> list[str]:
@@ -362,7 +372,9 @@ def _advice(part, phase, config, machinery) -> list[str]:
   learning = phase in ('update', 'logprobs')
   if part == 'temporaries' and learning:
     shards = machinery.update.shards
-    fewer = config.ppo.microbatch_size // 2 // shards * shards
+    fewer = max((
+        size for size in range(shards, config.ppo.microbatch_size, shards)
+        if config.ppo.minibatch_size % size == 0), default=0)
     if fewer:
       found.append(f'--config.ppo.microbatch_size={fewer}')
     if config.model.remat != 'full':
@@ -373,10 +385,12 @@ def _advice(part, phase, config, machinery) -> list[str]:
         found.append(f"--config.sharding.decode.{axis}=\"('fsdp', 'tensor')\"")
   elif part == 'cache':
     slots = (config.rollout.slots or config.batch_size) // 2
-    found.append(f'--config.rollout.slots={slots}')
+    if slots:
+      found.append(f'--config.rollout.slots={slots}')
   elif part in ('optimizer', 'reference') and not learning and (
       part not in config.offload):
-    found.append(f"--config.offload=\"('{part}',)\"")
+    found.append(
+        f'--config.offload={",".join((*config.offload, part))}')
   elif part in ('actor', 'critic', 'optimizer') and (
       machinery.update.size('embed') < machinery.update.mesh.size):
     found.append('--config.mesh="(1, -1, 1)"')
@@ -432,7 +446,7 @@ def run(
   result = report(made, name, config)
   say(text(result))
   if path:
-    pathlib.Path(path).write_text(json.dumps(result, indent=2) + '\n')
+    paths.write(path, json.dumps(result, indent=2) + '\n')
   problem = too_large(result, config, made)
   if problem:
     raise ValueError(problem)

@@ -23,6 +23,7 @@ import json
 import linecache
 import pathlib
 import re
+import secrets
 import sys
 import types
 from typing import Any, NoReturn
@@ -238,7 +239,8 @@ def check_workdir(path: str, flag: str = 'workdir') -> paths.Path:
     ValueError: it cannot be created or written; names the path and the cause.
   """
   workdir = paths.Path(path)
-  probe = workdir / '.writable'
+  # A name of its own: several processes may try at once.
+  probe = workdir / f'.writable-{secrets.token_hex(4)}'
   try:
     paths.write(probe, '')
     with paths.explained(probe):

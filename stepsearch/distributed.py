@@ -327,12 +327,18 @@ def share(directory: paths.Path, flag: str) -> None:
     paths.write(probe, token)
   barrier('share')
   try:
-    sees = probe.read_text() == token
-  except OSError:
-    sees = False
-  blind = [i for i, x in enumerate(exchange(sees)) if not x]
+    with paths.explained(probe):
+      sees = probe.exists() and probe.read_text() == token
+  except ValueError as error:
+    sees = str(error)
+  found = exchange(sees)
+  blind = [i for i, x in enumerate(found) if not x]
   if _RUN.index == 0:
-    probe.unlink()
+    with paths.explained(probe):
+      probe.unlink()
+  for i, x in enumerate(found):
+    if isinstance(x, str):
+      raise ValueError(f'--{flag}={directory}: in {_RUN.name(i)} {x}')
   if blind:
     raise ValueError(
         f'--{flag}={directory}: {" and ".join(map(_RUN.name, blind))} cannot '

@@ -20,6 +20,7 @@ import hashlib
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
 from typing import Any, BinaryIO
@@ -69,7 +70,7 @@ def replacing(path: Address) -> Iterator[BinaryIO]:
         _store(path).put_file(draft, str(path))
       return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    draft = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     try:
       with open(draft, 'wb') as file:
         yield file
@@ -149,7 +150,8 @@ def local_copy(path: Address) -> pathlib.Path:
   files = {
       name: (info['size'], str(info.get('updated')))
       for name, info in sorted(found.items())
-      if not name.endswith(_UNFINISHED)
+      # Objects that stand for folders end in a slash.
+      if not name.endswith((_UNFINISHED, '/'))
       and (name == bare or name.startswith(f'{bare}/'))}
   digest = lambda value: hashlib.blake2b(
       repr(value).encode(), digest_size=8).hexdigest()

@@ -37,8 +37,8 @@ from stepsearch.rl import rewards as rewards_lib
 
 # What may differ between the runs of one workdir.
 _MAY_CHANGE = (
-    'checkpoint', 'tensorboard', 'profile', 'compilation_cache', 'offload',
-    'retriever.url', 'retriever.timeout', 'retriever.retries',
+    'topology', 'checkpoint', 'tensorboard', 'profile', 'compilation_cache',
+    'offload', 'retriever.url', 'retriever.timeout', 'retriever.retries',
     'retriever.give_up')
 
 
@@ -206,7 +206,12 @@ class _Run:
 
   def _catch_up(self):
     """The evaluation that the run was stopped in, or ended without."""
-    *_, row = metrics.read(self._root / 'metrics.jsonl')
+    rows = metrics.read(self._root / 'metrics.jsonl')
+    if not rows:
+      raise ValueError(
+          f'{self._root / "metrics.jsonl"} has no row of step {self.done}, '
+          'which is saved: restore the file, or choose another --workdir.')
+    row = rows[-1]
     missing = self._due() and 'eval/em' not in row
     last = self.done == self._config.num_steps
     if missing or last:

@@ -29,6 +29,7 @@ from stepsearch.retrieval import index as indexing
 from stepsearch.types import Document
 
 _CORPUS = 'corpus.jsonl'
+_CALL = 256  # queries that share a timeout
 _CHUNK = 1024  # passages embedded between two calls of `progress`
 
 
@@ -350,11 +351,16 @@ class Patient:
   def search(
       self, queries: Sequence[str], k: int
   ) -> list[list[Document]]:
-    """As the engine's, or an empty list a query.
+    """As the engine's, or an empty list a query; some queries a call.
 
     Raises:
       Unavailable: no call was answered in `give_up` seconds of searches.
     """
+    return [
+        row for start in range(0, len(queries), _CALL)
+        for row in self._search(queries[start:start + _CALL], k)]
+
+  def _search(self, queries, k):
     start = time.monotonic()
     for attempt in range(self._retries + 1):
       if attempt:

@@ -257,11 +257,12 @@ class _Joined:
         raise ValueError(f'{len(found)} lists for {len(queries)} queries')
     except BaseException as error:  # raised where it is waited for
       for _, _, result in jobs:
-        result.set_exception(error)
+        if result.set_running_or_notify_cancel():  # the client may have gone
+          result.set_exception(error)
       return
     for asked, _, result in jobs:
       mine, found = found[:len(asked)], found[len(asked):]
-      if result.set_running_or_notify_cancel():  # the client may have gone
+      if result.set_running_or_notify_cancel():
         result.set_result(mine)
 
 

@@ -370,7 +370,7 @@ class Learner:
         self.config.logprob_chunk, places)
 
   def _rows(self, tree):
-    """Arrays [B, ...] as the update splits them; decoding may differ."""
+    """Arrays [B, ...] as the update splits them, wherever they lie."""
     return jax.tree.map(lambda x: self.layout.constrain(
         x, 'batch', *(None,) * (x.ndim - 1)), tree)
 

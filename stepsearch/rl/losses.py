@@ -38,9 +38,9 @@ def token_logprobs(
   """
   batch, length, _ = hidden.shape
   size = unembedding.shape[1]
-  split = layout is not None and layout.mesh.size > 1
+  several = layout is not None and layout.mesh.size > 1
   wide = lambda x, *names, **more: x
-  if split:
+  if several:
     wide = layout.by_vocabulary(size).constrain
   chunk = min(chunk, length)
   pieces = -(-length // chunk)
@@ -60,7 +60,7 @@ def token_logprobs(
             preferred_element_type=jnp.float32), 'batch', None, 'vocab')
     logits /= temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
-    if split:  # a gather would need whole rows
+    if several:  # a gather would need whole rows
       here = jnp.arange(size)[None, None] == labels[..., None]
       picked = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
     else:
