@@ -119,9 +119,9 @@ def sharded(mesh, dtype='float32'):
   return jax.value_and_grad(loss), shapes
 
 
-@pytest.mark.parametrize('eight', [(1, 4, 2)], indirect=True)
+@pytest.mark.parametrize('eight', [((1, 4, 2), {}, {})], indirect=True)
 def test_sharded_programs_count_one_device(eight):
-  function, shapes = sharded(eight)
+  function, shapes = sharded(eight.mesh)
   layers, embed, mlp, rows = 6, 64, 128, 32
   found = cost(function, *shapes(layers, embed, mlp, rows))
   # Two products forward, four back, on a fourth of the rows and half of mlp.
@@ -260,13 +260,14 @@ def report(function, *shapes, passes=None):
 function, shapes = costs_test.sharded(mesh, 'bfloat16')
 report(function, *shapes(6, 1024, 4096, 4096))
 
-place = sharding.rows(mesh)
+layout = sharding.Layout(mesh)
+place = layout.rows
 rows = lambda *shape: jax.ShapeDtypeStruct(shape, 'bfloat16', sharding=place)
 segments = jax.ShapeDtypeStruct((8, 2048), 'int32', sharding=place)
 
 def layers(q, k, segments, count):
   attend = lambda q: jnp.sum(attention.attend(
-      q, k, k, segments=segments, kind='splash', mesh=mesh)
+      q, k, k, segments=segments, kind='splash', layout=layout)
       .astype(jnp.float32))
   return jax.lax.fori_loop(0, count, lambda _, q: jax.grad(attend)(q), q)
 
