@@ -74,14 +74,16 @@ class Tokens:
 
 
 def plan(
-    config: ml_collections.ConfigDict, devices: Sequence[Any], *,
-    shared: int | None = None, eos_ids: tuple[int, ...] = (0,),
+    config: ml_collections.ConfigDict, devices: Sequence[Any],
+    local: Sequence[Any] | None = None, *, shared: int | None = None,
+    eos_ids: tuple[int, ...] = (0,),
 ) -> Plan:
   """The programs of a step, for devices that need not be there.
 
   Args:
     config: as of configs/default.py.
     devices: all of them.
+    local: those of one host, which encodes by itself; all by default.
     shared: tokens that all prompts begin with; half of the budget by default.
     eos_ids: of the tokenizer.
 
@@ -111,8 +113,7 @@ def plan(
       rollout, machinery.model, machinery.decode, episodes, eos_ids)
   folder = config.retriever.embedder
   folder = None if folder == 'lexical' else folder
-  local = [d for d in devices if d.process_index == devices[0].process_index]
-  encoder, encode = encoders.lower(folder, local)
+  encoder, encode = encoders.lower(folder, devices if local is None else local)
   programs = {'encode': encode} | learner.lower(trajectory) | collect.lower(
       rollout, machinery.model, machinery.decode, episodes,
       learner.policy_shapes(), shared, eos_ids)
@@ -431,7 +432,7 @@ def run(
     raise ValueError(
         'config.topology names no TPU slice: give one, as --topology=v5e:4x4.')
   devices = topology.devices(name)
-  made = plan(config, devices)
+  made = plan(config, devices, topology.devices(topology.host(name)))
   chip = costs.CHIPS[topology.split(name)[0]]
   mesh = made.machinery.update.mesh.shape
   count = sum(

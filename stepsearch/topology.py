@@ -44,6 +44,17 @@ def split(name: str) -> tuple[str, tuple[int, ...]]:
   return generation, tuple(map(int, shape.split('x')))
 
 
+def host(name: str) -> str:
+  """The slice that the chips of one host make by themselves.
+
+  Programs of one host's chips do not compile for them as a part of a slice
+  whose chips route for each other.
+  """
+  generation, shape = split(name)
+  alone = '2x2x1' if generation == 'v5p' else '2x2'
+  return name if math.prod(shape) <= 4 else f'{generation}:{alone}'
+
+
 def larger(name: str) -> list[str]:
   """The known slices of the same generation with more chips."""
   generation, shape = split(name)
