@@ -84,10 +84,13 @@ if __name__ == '__main__':
       reports.mkdir(parents=True, exist_ok=True)
       print(_line(COLUMNS))
       print(_line(('---',) * len(COLUMNS)))
+      problems = []
       for name in argv[1:] or CONFIGS:
         try:
           print(row(name, compile_one(name, reports)), flush=True)
         except ValueError as error:
-          raise SystemExit(f'error: {error}') from error
+          problems.append(f'error: {error}')
+    if problems:
+      raise SystemExit('\n'.join(problems))
 
   app.run(main)
