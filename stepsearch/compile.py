@@ -187,10 +187,8 @@ def measure(
     if not needed:
       raise
     unit = {'M': 2**20, 'G': 2**30, 'T': 2**40}[needed.group(2)]
-    needed = float(needed.group(1)) * unit
-    if 'temporaries' in str(error):
-      needed += phase.peak - beside
-    phase.peak = max(needed, chip.hbm + 1) + beside
+    # Arguments and results are among these "temporaries".
+    phase.peak = max(float(needed.group(1)) * unit, chip.hbm + 1) + beside
   else:
     phase.peak = compiled.memory_analysis().peak_memory_in_bytes + beside
     phase.cost = costs.cost(compiled.as_text(), phase.passes)
