@@ -86,7 +86,8 @@ class _Pair:
     return [
         # Its threads write into one another's lines.
         ''.join(line for line in file.read_text().splitlines(True)
-                if 'Gloo' not in line and 'peer ranks' not in line)
+                if line.strip() and 'Gloo' not in line
+                and 'peer ranks' not in line)
         for file in self._files[index]]
 
   def until(self, line, seconds=400):
