@@ -188,6 +188,34 @@ def main(
   app.run(guarded, argv=argv, flags_parser=parse)
 
 
+def commands(
+    table: Mapping[str, Callable[[Sequence[str]], NoReturn]],
+    otherwise: Callable[[Sequence[str]], NoReturn] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+  """Runs the command that the first argument names: `PROGRAM NAME --flags`.
+
+  Args:
+    table: by name, what defines the flags of a command and calls `main`; it
+      gets the command line without the name.
+    otherwise: what runs where the first argument is a flag, or there is none.
+    argv: the command line, `sys.argv` by default.
+  """
+  program, *rest = sys.argv if argv is None else argv
+  if rest and not rest[0].startswith('-'):
+    name = rest.pop(0)
+    if name not in table:
+      _exit(ValueError(
+          f'there is no command {name!r}; there are {", ".join(table)}'
+          f'{_did_you_mean(name, list(table))}'))
+    table[name]([f'{program} {name}', *rest])
+  if otherwise is None:
+    _exit(ValueError(
+        f'the first argument names what to do: {", ".join(table)}. '
+        f'`{pathlib.Path(program).name} NAME --help` shows its flags.'))
+  otherwise([program, *rest])
+
+
 def require(condition: Any, field: str, value: Any, advice: str) -> None:
   """Refuses a config value unless `condition` holds.
 

@@ -28,6 +28,15 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
+class SubQuestion:
+  """One step of a decomposed question."""
+
+  question: str  # its references #k replaced by the earlier answers
+  answer: str = ''
+  gold: tuple[str, ...] = ()  # ids among the example's gold documents
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
   """One question with everything that rewards and evaluation need of it."""
 
@@ -38,6 +47,9 @@ class Example:
   search_keys: tuple[tuple[str, ...], ...] = ()  # [sub-question][query]
   hops: int = 0  # 0 = unknown
   dataset: str = ''
+  sub_questions: tuple[SubQuestion, ...] = ()
+  source: str = ''  # file or release that it was read from
+  licence: str = ''  # of that release, '' = not known
 
 
 @dataclasses.dataclass(frozen=True)

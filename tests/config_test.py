@@ -207,3 +207,39 @@ def test_main_turns_user_errors_into_a_paragraph(
     assert 'Traceback' in done.stderr
   else:
     assert done.stderr == (stderr or '')
+
+
+@pytest.mark.parametrize('arguments, called', [
+    (['keys', '--n=3'], ('keys', ['program keys', '--n=3'])),
+    (['--n=3'], ('otherwise', ['program', '--n=3'])),
+    ([], ('otherwise', ['program'])),
+])
+def test_commands_are_named_by_the_first_argument(arguments, called):
+  seen = []
+
+  def command(name):
+    def run(argv):
+      seen.append((name, argv))
+      raise SystemExit(0)
+    return run
+
+  with pytest.raises(SystemExit):
+    config_lib.commands(
+        {'keys': command('keys'), 'gold': command('gold')},
+        command('otherwise'), ['program', *arguments])
+  assert seen == [called]
+
+
+@pytest.mark.parametrize('arguments, parts', [
+    (['kesy'], ["no command 'kesy'", 'keys, gold', 'did you mean keys']),
+    (['--n=3'], ['names what to do: keys, gold']),
+    ([], ['names what to do: keys, gold']),
+])
+def test_unknown_commands_are_refused(arguments, parts, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    config_lib.commands(
+        {'keys': None, 'gold': None}, None, ['program', *arguments])
+  assert stopped.value.code == 1
+  error = capsys.readouterr().err
+  for part in parts:
+    assert part in error
