@@ -470,6 +470,34 @@ def test_a_question_that_does_not_fit_is_refused(collector):
 # ── Continuous batching against the plain way ────────────────────────────────
 
 
+@pytest.mark.parametrize('lag', [0, 1])
+def test_turns_are_told_as_they_grow(
+    model, tokenizer, retriever, layout, chatty, lag):
+  config = dataclasses.replace(CONFIG, slots=2, chunk=2, lag=lag)
+  play = collect_lib.Collector(
+      model, config, tokenizer, SHORT, retriever.search, layout)
+  told = [[] for _ in range(6)]
+  _, transcripts = play(
+      chatty, examples(6), jax.random.key(4),
+      on_turn=lambda number, turn: told[number].append(turn))
+  assert any(t.searches for t in transcripts)
+  for transcript, heard in zip(transcripts, told):
+    heard = iter(heard)
+    for turn in transcript.turns:
+      texts = ['']
+      while len(texts[-1]) < len(turn.text):
+        growing = next(heard)
+        assert growing == types.Turn(growing.text)
+        assert growing.text.startswith(texts[-1]) and growing.text != texts[-1]
+        texts.append(growing.text)
+      # At most two tokens a chunk.
+      assert len(texts) - 1 >= -(-len(tokenizer.encode(turn.text)) // 2)
+      if turn is not transcript.turns[-1]:
+        assert next(heard) == types.Turn(turn.text, turn.query)
+        assert next(heard) == turn
+    assert not list(heard)
+
+
 @pytest.mark.parametrize(
     ('slots', 'chunk', 'lag'),
     [(0, 16, 1), (4, 4, 0), (8, 3, 1), (4, 2, 3), (1, 16, 2)])

@@ -212,6 +212,7 @@ class Collector:
   def __call__(
       self, params: Any, examples: Sequence[types.Example], key: jax.Array, *,
       first_episode: int = 0, greedy: bool = False,
+      on_turn: Callable[[int, types.Turn], None] | None = None,
   ) -> tuple[types.Trajectory, list[types.Transcript]]:
     """Plays one episode per example.
 
@@ -221,13 +222,17 @@ class Collector:
       key: of the step; a token is drawn with (key, episode, position).
       first_episode: global index of the first example.
       greedy: take the most likely token.
+      on_turn: called with the number of an example and its newest turn as far
+        as it is known: after each chunk with the text so far (which may end
+        within a character), once with the query, once with the documents.
 
     Returns:
       the arrays [N, T] and the texts, both in the order of the examples.
       `metrics` then holds figures of this call.
     """
     prompts = [self.prompt(example.question) for example in examples]
-    play = _Play(self, params, prompts, key, first_episode, greedy)
+    play = _Play(
+        self, params, prompts, key, first_episode, greedy, on_turn)
     while play.unfinished:
       play.admit()
       play.answer()
@@ -263,8 +268,10 @@ class _Play:
   dispatched.
   """
 
-  def __init__(self, collector, params, prompts, key, first_episode, greedy):
+  def __init__(
+      self, collector, params, prompts, key, first_episode, greedy, on_turn):
     c = self._c = collector
+    self._on_turn = on_turn
     config = self._config = c.config
     self._sampler = sampler(
         config, c._model, c._layout, len(prompts), c._tokenizer.eos_ids)
@@ -382,6 +389,8 @@ class _Play:
         episode.length = end
         episode.turns.append(dataclasses.replace(
             turn, documents=shown, observation=self._c._tokenizer.decode(ids)))
+        if self._on_turn:
+          self._on_turn(number, episode.turns[-1])
         self._run(episode)
     for rows in self._calls(appended, self._widths):
       self._state = self._sampler.append(self._params, self._state, rows)
@@ -458,6 +467,9 @@ class _Play:
       self._logprobs[number, written] = chunk.logprobs[slot, :count]
       self._loss_mask[number, written] = 1.0
       episode.length += int(count)
+      if self._on_turn:
+        self._on_turn(number, types.Turn(self._c._tokenizer.decode(
+            self._tokens[number, episode.start:episode.length])))
       if chunk.stop[slot] != sampler_lib.RUNNING:
         episode.since = None
         stopped.append((number, int(chunk.stop[slot])))
@@ -484,6 +496,8 @@ class _Play:
         self._left[episode.slot] = episode.length
       else:
         turns.append((number, types.Turn(text, query)))
+        if self._on_turn:
+          self._on_turn(*turns[-1])
     if turns:
       search = self._start_search([t.query for _, t in turns if t.query])
       self._due.append((tick + 1 + self._config.lag, turns, search))
