@@ -477,13 +477,17 @@ def test_turns_are_told_as_they_grow(
   play = collect_lib.Collector(
       model, config, tokenizer, SHORT, retriever.search, layout)
   told = [[] for _ in range(6)]
-  _, transcripts = play(
+  trajectory, transcripts = play(
       chatty, examples(6), jax.random.key(4),
       on_turn=lambda number, turn: told[number].append(turn))
   assert any(t.searches for t in transcripts)
-  for transcript, heard in zip(transcripts, told):
-    heard = iter(heard)
-    for turn in transcript.turns:
+  for row, transcript in enumerate(transcripts):
+    heard = iter(told[row])
+    written = [
+        ids for sampled, ids in stretches(
+            trajectory.tokens[row], trajectory.loss_mask[row], 0,
+            int(trajectory.token_mask[row].sum())) if sampled]
+    for turn, ids in zip(transcript.turns, written, strict=True):
       texts = ['']
       while len(texts[-1]) < len(turn.text):
         growing = next(heard)
@@ -491,7 +495,7 @@ def test_turns_are_told_as_they_grow(
         assert growing.text.startswith(texts[-1]) and growing.text != texts[-1]
         texts.append(growing.text)
       # At most two tokens a chunk.
-      assert len(texts) - 1 >= -(-len(tokenizer.encode(turn.text)) // 2)
+      assert len(ids) / 2 <= len(texts) - 1 <= len(ids)
       if turn is not transcript.turns[-1]:
         assert next(heard) == types.Turn(turn.text, turn.query)
         assert next(heard) == turn
