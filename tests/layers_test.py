@@ -4,7 +4,7 @@
     3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
     1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
-       costs
+       words, costs
     0  types, sharding, tokenizer, preemption, distributed, topology, hlo; below
        all, paths and rendezvous
 
@@ -24,7 +24,7 @@ _LAYERS = {
     'types': 0, 'sharding': 0, 'tokenizer': 0, 'preemption': 0,
     'distributed': 0, 'hlo': 0, 'topology': 0,
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
-    'protocol': 1, 'passages': 1, 'costs': 1,
+    'protocol': 1, 'passages': 1, 'words': 1, 'costs': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
     'rl.policy': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,

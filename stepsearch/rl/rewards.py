@@ -49,16 +49,16 @@ import numpy as np
 
 from stepsearch import protocol
 from stepsearch import types
+from stepsearch.words import PUNCTUATION
+from stepsearch.words import normalize
 
 RELEASED_TURN_SCALE = 1.6
 
-_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 # With what else separates ASCII words as spaces.
-_SEPARATED = _PUNCTUATION | {
-    i: ' ' for i in range(128) if not chr(i).isalnum() and i not in _PUNCTUATION
+_SEPARATED = PUNCTUATION | {
+    i: ' ' for i in range(128) if not chr(i).isalnum() and i not in PUNCTUATION
 }
 _NO_TERMS = frozenset(('an', 'the', *string.ascii_lowercase, *string.digits))
-_ARTICLES = re.compile(r'\b(?:a|an|the)\b')
 _TERM = re.compile(r'\w\w+')
 
 
@@ -120,12 +120,6 @@ class Score:
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────
-
-
-def normalize(text: str) -> str:
-  """SQuAD normalisation: lower case, no punctuation, no a/an/the, one space."""
-  text = _ARTICLES.sub(' ', text.lower().translate(_PUNCTUATION))
-  return ' '.join(text.split())
 
 
 def exact_match(prediction: str | None, answers: Iterable[str]) -> bool:
