@@ -99,9 +99,73 @@ def tune_host() -> None:
     mallopt(arena_max, 1)
 
 
+class Checkpoint:
+  """An actor to play with: of a run, or in a Hugging Face folder.
+
+  Attributes:
+    root: workdir of the run, or the folder.
+    trained: whether it is a run.
+  """
+
+  def __init__(self, path: str, step: int | None = None):
+    """Looks what is there.
+
+    Args:
+      path: the workdir of a run, or its checkpoints folder; or a Hugging Face
+        folder, on disk or gs://.
+      step: of the run; the newest by default.
+
+    Raises:
+      ValueError: neither is there; a step of a folder, which has none.
+    """
+    self.root = paths.Path(path)
+    if self.root.name == 'checkpoints':
+      self.root = self.root.parent
+    self._step = step
+    with paths.explained(self.root):
+      self.trained = (self.root / 'checkpoints').is_dir()
+    if not self.trained and not any(self.root.glob('*.safetensors')):
+      raise ValueError(
+          f'--checkpoint={path}: there is no run here (no checkpoints folder '
+          'in it) and no Hugging Face model (no *.safetensors); give the '
+          '--workdir of a training run, or such a folder.')
+    if not self.trained and step is not None:
+      raise ValueError(
+          f'--step={step}: {path} is a Hugging Face folder, which has no '
+          'steps; leave it out.')
+
+  def build(
+      self, config: ml_collections.ConfigDict, workdir: Any, **options: Any
+  ) -> Parts:
+    """The parts that play it, as of the module's `build`.
+
+    Args:
+      config: of the run; what the model is and its tokenizer are read from
+        the checkpoint.
+      workdir: where an index is kept that is none of the run's.
+      **options: of `build`.
+    """
+    if self.trained:
+      card = self.root / 'model'
+      return build(
+          config, self.root, training=False,
+          card=card if card.is_dir() else None, **options)
+    config = ml_collections.ConfigDict(config)
+    config.model.pretrained = str(self.root)
+    return build(config, workdir, training=False, **options)
+
+  def actor(self, parts: Parts, key: jax.Array) -> tuple[Any, int | None]:
+    """Its parameters on the mesh, and the step, None for a folder."""
+    if not self.trained:
+      return parameters(parts, key), None
+    return checkpoints.restore_actor(
+        self.root / 'checkpoints', parts.model, parts.update, self._step)
+
+
 def build(
     config: ml_collections.ConfigDict, workdir: Any, *, training: bool = True,
-    card: Any = None, say: Callable[[str], None] = print,
+    questions: bool = True, card: Any = None,
+    say: Callable[[str], None] = print,
     on_tick: Callable[[], None] | None = None,
 ) -> Parts:
   """Checks the config, reads or makes the data, loads or builds the index.
@@ -110,6 +174,7 @@ def build(
     config: as of configs/default.py.
     workdir: where the index is kept, unless config.retriever.directory says.
     training: also read the training questions and make the learner.
+    questions: read the held-out ones; False: those that are asked come later.
     card: the folder that `write_card` made in the run whose checkpoint is
       played: what the model is, whatever config.model says of it.
     say: prints a line of progress.
@@ -132,9 +197,9 @@ def build(
         config.data.train_shares, config.seed) if training else []
     held_out = world.questions(
         'eval', config.data.eval_questions, config.data.eval_hops,
-        config.data.eval_shares, config.seed)
+        config.data.eval_shares, config.seed) if questions else []
   else:
-    corpus, train, held_out = _read(config, training)
+    corpus, train, held_out = _read(config, training, questions)
   datasets.check(
       train, None if config.retriever.url else corpus,
       turn_rewards=_turn_rewards(config), k=config.rollout.k)
@@ -524,11 +589,12 @@ def _model(config, tokens, layouts, pretrained) -> qwen.Config:
   return qwen.Config(**sizes | dict(lora=adapters if adapters.rank else None))
 
 
-def _read(config, training):
+def _read(config, training, questions):
   """Corpus and questions of source = jsonl."""
   # With a server the corpus tells what the gold documents of the questions
   # are; questions that spell them out, or have none, do without.
   unneeded = [] if training else ['train']
+  unneeded += [] if questions else ['eval']
   unneeded += ['corpus'] if config.retriever.url else []
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
@@ -541,7 +607,7 @@ def _read(config, training):
     corpus = datasets.read_corpus(config.data.corpus)
     by_id = corpus.by_id
   held_out = []
-  for path in config.data.eval.split(','):
+  for path in config.data.eval.split(',') if questions else ():
     path = paths.Path(path.strip())
     # musique/questions.jsonl is called musique, bamboogle.jsonl bamboogle.
     name = path.parent.name if path.stem == 'questions' else path.stem

@@ -15,7 +15,6 @@ import jax
 import ml_collections
 
 from stepsearch import assembly
-from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import distributed
 from stepsearch import evaluation
@@ -45,39 +44,16 @@ def evaluate(
     ValueError: no such checkpoint, or one of another shape; a bad config.
   """
   assembly.tune_host()
-  root = paths.Path(checkpoint)
-  if root.name == 'checkpoints':
-    root = root.parent
-  with paths.explained(root):
-    trained = (root / 'checkpoints').is_dir()
-  card = root / 'model' if trained and (root / 'model').is_dir() else None
-  if not trained:
-    if not any(root.glob('*.safetensors')):
-      raise ValueError(
-          f'--checkpoint={checkpoint}: there is no run here (no checkpoints '
-          'folder in it) and no Hugging Face model (no *.safetensors); give '
-          'the --workdir of a training run, or such a folder.')
-    if step is not None:
-      raise ValueError(
-          f'--step={step}: {checkpoint} is a Hugging Face folder, which has no '
-          'steps; leave it out.')
-    config = ml_collections.ConfigDict(config)
-    config.model.pretrained = checkpoint
+  source = assembly.Checkpoint(checkpoint, step)
   with distributed.first('output'):
     out = config_lib.check_workdir(output, 'output')
   distributed.share(out, 'output')
   assembly.agree(config, checkpoint=checkpoint, step=step, sampled=sampled)
   progress = metrics.Progress(0)
-  parts = assembly.build(
-      config, root if trained else out, training=False, card=card,
-      say=progress.line)
+  parts = source.build(config, out, say=progress.line)
   key = jax.random.key(config.seed)
-  if trained:
-    params, step = checkpoints.restore_actor(
-        root / 'checkpoints', parts.model, parts.update, step)
-    name = f'step {step} of {root}'
-  else:
-    params, name = assembly.parameters(parts, key), str(root)
+  params, step = source.actor(parts, key)
+  name = str(source.root) if step is None else f'step {step} of {source.root}'
 
   with progress.phase('questions', len(parts.eval)) as tick:
     _, rows = evaluation.evaluate(
@@ -93,7 +69,7 @@ def evaluate(
     paths.write(out / 'transcripts.jsonl', ''.join(
         json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
     paths.write(out / 'eval.json', json.dumps(
-        {'checkpoint': str(root), 'step': step,
+        {'checkpoint': str(source.root), 'step': step,
          'decoding': 'sampled' if sampled else 'greedy', 'results': results},
         indent=2) + '\n')
   progress.line(name)
