@@ -32,6 +32,7 @@ from stepsearch import paths
 
 BACKENDS = ('auto', 'scann', 'exact')
 REORDER_DTYPES = ('float32', 'bfloat16', 'int8')
+BM25 = 'bm25'  # the regime of a folder without vectors, `retrieval.bm25`'s
 _METADATA = 'index.json'
 _VECTORS = 'dataset.npy'  # the name that ScaNN gives it
 _ASSETS = 'scann_assets.pbtxt'
@@ -152,12 +153,7 @@ class Index:
     # ScaNN writes them only where they are what it scores with.
     if not (directory / _VECTORS).exists():
       np.save(directory / _VECTORS, self.vectors)
-    metadata = {
-        'format': _FORMAT,
-        'fingerprints': dict(fingerprints),
-        'parameters': self.parameters,
-    }
-    (directory / _METADATA).write_text(json.dumps(metadata, indent=2) + '\n')
+    write_metadata(directory, fingerprints, self.parameters)
 
   def _ask_scann(self, queries, k, leaves_to_search=None):
     options = {}
@@ -292,18 +288,14 @@ def load(
     ValueError: the folder holds no index, or not one for this backend.
   """
   directory = paths.Path(directory)
-  metadata = _read_metadata(directory)
-  for name, expected in fingerprints.items():
-    found = metadata['fingerprints'].get(name)
-    if found != expected:
-      raise IndexMismatchError(
-          f'The index in {directory} was built for another {name}: it has'
-          f' {name} "{found}", but this run has "{expected}". Rebuild it with'
-          ' `python -m stepsearch.build_index --corpus=CORPUS'
-          f' --output={directory}` and the same settings (--embedder,'
-          ' --dimensions, --query_prefix and --passage_prefix as'
-          ' config.retriever has them), or point to another folder.'
-      )
+  metadata = read_metadata(directory)
+  check_fingerprints(directory, metadata, fingerprints)
+  if metadata['parameters']['regime'] == BM25:
+    raise ValueError(
+        f'{directory} holds a BM25 index and no vectors: point to another'
+        ' folder, or build one with `python -m stepsearch.build_index'
+        ' --method=dense`.'
+    )
   local = paths.local_copy(directory)
   has_assets = (local / _ASSETS).exists()
   if backend == 'scann' and not has_assets:
@@ -360,7 +352,48 @@ def new_directory(
     yield folder
 
 
-def _read_metadata(directory: paths.Path) -> dict[str, Any]:
+def write_metadata(
+    directory: pathlib.Path, fingerprints: Mapping[str, str],
+    parameters: Mapping[str, Any],
+) -> None:
+  """Writes what `read_metadata` reads; makes a folder that of an index."""
+  metadata = {
+      'format': _FORMAT,
+      'fingerprints': dict(fingerprints),
+      'parameters': dict(parameters),
+  }
+  (directory / _METADATA).write_text(json.dumps(metadata, indent=2) + '\n')
+
+
+def check_fingerprints(
+    directory: paths.Address, metadata: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+) -> None:
+  """Refuses an index whose metadata has other fingerprints.
+
+  Raises:
+    IndexMismatchError: names the first that differs.
+  """
+  for name, expected in fingerprints.items():
+    found = metadata['fingerprints'].get(name)
+    if found != expected:
+      raise IndexMismatchError(
+          f'The index in {directory} was built for another {name}: it has'
+          f' {name} "{found}", but this run has "{expected}". Rebuild it with'
+          ' `python -m stepsearch.build_index --corpus=CORPUS'
+          f' --output={directory}` and the same settings (--method,'
+          ' --embedder, --dimensions, --query_prefix and --passage_prefix as'
+          ' config.retriever has them), or point to another folder.'
+      )
+
+
+def read_metadata(directory: paths.Address) -> dict[str, Any]:
+  """What an index says of itself: format, fingerprints, parameters.
+
+  Raises:
+    ValueError: the folder holds no index, or one of another format.
+  """
+  directory = paths.Path(directory)
   try:
     metadata = json.loads((directory / _METADATA).read_text())
   except FileNotFoundError:

@@ -28,7 +28,7 @@ from stepsearch.retrieval import embed as embedding
 from stepsearch.retrieval import index as indexing
 from stepsearch.types import Document
 
-_CORPUS = 'corpus.jsonl'
+CORPUS = 'corpus.jsonl'
 _CALL = 256  # queries that share a timeout
 _CHUNK = 1024  # passages embedded between two calls of `progress`
 
@@ -140,7 +140,7 @@ class Retriever:
       ValueError: the folder holds something that is not an index.
     """
     with indexing.new_directory(directory, replace=replace) as folder:
-      passages.write(folder / _CORPUS, self.documents)
+      passages.write(folder / CORPUS, self.documents)
       if isinstance(self.embedder, embedding.LexicalEmbedder):
         self.embedder.save(folder)
       self.index.save(folder, self.fingerprints)
@@ -249,7 +249,7 @@ def load(
   local = paths.local_copy(directory)
   if documents is None:
     corpus, shard = loaded.fingerprints['corpus'], (0, 1)
-    documents = passages.read(local / _CORPUS)
+    documents = passages.read(local / CORPUS)
   if embedder is None or isinstance(embedder, embedding.LexicalEmbedder):
     try:
       embedder = embedding.LexicalEmbedder.load(local)
@@ -428,6 +428,14 @@ def shard_directory(
   p, count = shard
   directory = paths.Path(directory)
   return directory / f'shard-{p:05}-of-{count:05}' if count > 1 else directory
+
+
+def size(engine: Engine) -> int | None:
+  """Passages of an engine; None where it does not know them."""
+  try:
+    return len(engine)
+  except TypeError:
+    return None
 
 
 def scored(document: Document, score: float) -> Document:

@@ -113,7 +113,7 @@ async def running(
 
 def describe(engine: retriever.Engine) -> dict[str, Any]:
   """What `/health` says; null is what the engine does not know of itself."""
-  size = len(engine) if hasattr(engine, '__len__') else None
+  size = retriever.size(engine)
   fingerprints = getattr(engine, 'fingerprints', {})
   return {
       'size': size,
