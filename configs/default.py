@@ -76,8 +76,14 @@ def get_config(arg=''):
       # A server of Search-R1's protocol, such as `python -m stepsearch.serve`;
       # several that serve the same (replicas), joined by commas.
       url='',
+      web='',  # a web search API instead of a corpus: serper | bing
+      web_url='',  # another address that speaks like it
+      web_key='',  # environment variable with the key; '' = SERPER_API_KEY, …
+      # Of url and web: a file that keeps the answers ('' = none), and requests
+      # a second of each process (0 = any number).
+      cache='', per_second=0.0,
       factory='',  # 'package.module:function' of a user's own engine
-      # Of url and factory:
+      # Of url, web and factory:
       timeout=15.0, retries=2,  # seconds a call, calls after one that fails
       give_up=60.0))  # seconds of searches without an answer that stop the run
 

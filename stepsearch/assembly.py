@@ -49,6 +49,7 @@ from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
 from stepsearch.retrieval import service
 from stepsearch.retrieval import shards
+from stepsearch.retrieval import web
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
@@ -201,7 +202,7 @@ def build(
   else:
     corpus, train, held_out = _read(config, training, questions)
   datasets.check(
-      train, None if config.retriever.url else corpus,
+      train, corpus if _is_here(config) else None,
       turn_rewards=_turn_rewards(config), k=config.rollout.k)
 
   protocol = (
@@ -251,8 +252,9 @@ def retriever(
   """
   c = config.retriever
   config_lib.require(
-      not c.url, 'retriever.url', c.url,
-      'what is served has to be here, not behind another server: leave it out.')
+      _is_here(config), 'retriever.url', c.url or c.web,
+      'what is served has to be here, not behind another server: leave it out, '
+      'and retriever.web.')
   config_lib.require(
       c.directory or c.factory, 'retriever.directory', c.directory,
       'name the folder of the index; it is built where there is none.')
@@ -595,7 +597,7 @@ def _read(config, training, questions):
   # are; questions that spell them out, or have none, do without.
   unneeded = [] if training else ['train']
   unneeded += [] if questions else ['eval']
-  unneeded += ['corpus'] if config.retriever.url else []
+  unneeded += [] if _is_here(config) else ['corpus']
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
         config.data[name] or name in unneeded, f'data.{name}',
@@ -641,6 +643,11 @@ def _tokenizer(config, world, pretrained):
       [*world.words, *protocol_lib.SHORT_WORDS], protocol_lib.TAGS)
 
 
+def _is_here(config) -> bool:
+  """Whether what is searched is a corpus that this run reads."""
+  return not (config.retriever.url or config.retriever.web)
+
+
 def _retriever(config, corpus, workdir, say, gold=()):
   c = config.retriever
   prefixes = dict(
@@ -653,19 +660,34 @@ def _retriever(config, corpus, workdir, say, gold=()):
   config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
   config_lib.choice(
       'retriever.placement', c.placement, ('replicated', 'sharded'))
+  config_lib.choice('retriever.web', c.web, ('', *web.APIS))
+  others = {
+      name: c[name] for name in ('url', 'web', 'factory') if c[name]}
   config_lib.require(
-      c.placement == 'replicated' or not (c.url or c.factory),
+      c.placement == 'replicated' or not others,
       'retriever.placement', c.placement,
-      'what is behind retriever.url or factory is not split here: leave it out.'
-  )
+      'what is behind retriever.url, web or factory is not split here: leave '
+      'it out.')
   config_lib.require(
-      not (c.url and c.factory), 'retriever.url', c.url,
-      f'retriever.factory = {c.factory!r} is an engine too: leave one out.')
+      len(others) < 2, f'retriever.{next(iter(others), "")}', others,
+      'each of them is an engine: leave one out.')
+  config_lib.require(
+      c.url or c.web or not (c.cache or c.per_second), 'retriever.cache',
+      c.cache or c.per_second,
+      'cache and per_second belong to retriever.url and web: leave them out.')
+  config_lib.require(
+      c.web or not (c.web_url or c.web_key), 'retriever.web', c.web,
+      'web_url and web_key are of a web search API: name it, serper or bing.')
   patience = dict(timeout=c.timeout, retries=c.retries, give_up=c.give_up)
+  limits = dict(cache=c.cache, per_second=c.per_second)
   if c.url:
     return service.from_url(
         c.url, config.rollout.k, known=gold, first=distributed.index(),
-        say=say, **patience)
+        say=say, **limits, **patience)
+  if c.web:
+    return web.patient(
+        c.web, config.rollout.k, url=c.web_url, key_variable=c.web_key,
+        say=say, **limits, **patience)
   if c.factory:
     return retriever_lib.from_factory(c.factory, c, **patience)
   directory = c.directory or os.path.join(os.fspath(workdir), 'index')
@@ -714,8 +736,8 @@ def _score(config, reward, engine) -> Score:
   config_lib.require(
       reward.similarity != 'retriever' or embed is not None,
       'reward.similarity', reward.similarity,
-      'a server (config.retriever.url) does not embed texts: use tfidf.'
-      if config.retriever.url else
+      'a server (config.retriever.url, web) does not embed texts: use tfidf.'
+      if not _is_here(config) else
       'the engine of config.retriever.factory has no embed(texts) -> [n, d]; '
       'use tfidf, or give it one.')
   return lambda examples, transcripts: rewards.score(

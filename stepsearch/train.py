@@ -39,7 +39,8 @@ from stepsearch.rl import rewards as rewards_lib
 _MAY_CHANGE = (
     'topology', 'checkpoint', 'tensorboard', 'profile', 'compilation_cache',
     'offload', 'retriever.url', 'retriever.timeout', 'retriever.retries',
-    'retriever.give_up')
+    'retriever.give_up', 'retriever.cache', 'retriever.per_second',
+    'retriever.web_url', 'retriever.web_key')
 
 
 def train(

@@ -5,8 +5,8 @@
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
     1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
        words, costs
-    0  types, sharding, tokenizer, preemption, distributed, topology, hlo; below
-       all, paths and rendezvous
+    0  types, sharding, tokenizer, preemption, distributed, topology, hlo,
+       client; below all, paths and rendezvous
 
 Downward only. Inside a layer, only siblings of one package see each other, and
 entry points may read `assembly`, `config` and `report`.
@@ -22,7 +22,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _LAYERS = {
     'paths': -1, 'rendezvous': -1,
     'types': 0, 'sharding': 0, 'tokenizer': 0, 'preemption': 0,
-    'distributed': 0, 'hlo': 0, 'topology': 0,
+    'distributed': 0, 'hlo': 0, 'topology': 0, 'client': 0,
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
     'protocol': 1, 'passages': 1, 'words': 1, 'costs': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,

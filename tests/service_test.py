@@ -559,7 +559,7 @@ def test_the_config_names_a_server(url, engine, tmp_path):
   remote = assembly._retriever(config, [], tmp_path, said.append)
   assert remote.search(_QUERIES, 3) == engine.search(_QUERIES, 3)
   assert not list(tmp_path.iterdir())  # no index is built
-  with pytest.raises(ValueError, match='retriever.url .*leave one out'):
+  with pytest.raises(ValueError, match=r'retriever\.url .*leave one out'):
     assembly._retriever(
         _config(url, factory='a:b'), [], tmp_path, said.append)
   config.reward.similarity = 'retriever'
@@ -597,9 +597,15 @@ def test_the_engine_of_a_config_can_be_served(tmp_path):
   config.retriever.directory = str(tmp_path / 'index')
   served = assembly.retriever(config, lambda _: None)
   with _server(served) as (url, _):
-    remote = service.Remote(url)
+    remote = service.Remote(
+        url, cache=tmp_path / 'cache', per_second=1000)
     query = served.documents[3].text
-    assert remote.search([query], 2) == served.search([query], 2)
+    found = served.search([query], 2)
+    assert remote.search([query], 2) == found
+  # What has been asked needs no server any more.
+  assert remote.search([query, ' '], 2) == [*found, []]
+  with pytest.raises(ConnectionError):
+    remote.search([query, 'another'], 2)
   config.retriever.url = url
   with pytest.raises(ValueError, match='config.retriever.url.*leave it out'):
     assembly.retriever(config)

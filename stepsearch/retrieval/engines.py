@@ -6,23 +6,26 @@
                                  made of the corpus with it
     fusion:bm25+dense:ENCODER    reciprocal ranks of others, joined by +
     http://host:port             a server that speaks Search-R1's protocol
+    serper, bing[:URL]           a web search API, or what speaks like it there
 
 Without an INDEX the corpus is embedded, and kept nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import re
+from typing import Any
 
 from stepsearch.retrieval import bm25
 from stepsearch.retrieval import fusion
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import service
+from stepsearch.retrieval import web
 from stepsearch.types import Document
 
 _DIMENSIONS = 2048  # of lexical; config.retriever's default
-_NEXT = re.compile(r'\+(?=lexical|bm25|dense:|https?:)')
+_NEXT = re.compile(r'\+(?=lexical|bm25|dense:|https?:|serper|bing)')
 
 
 def make(
@@ -32,6 +35,7 @@ def make(
     k: int = 10,
     known: Iterable[Document] = (),
     made: dict[str, retriever.Engine] | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> retriever.Engine:
   """Makes the engine that a text describes; see the module.
 
@@ -43,6 +47,7 @@ def make(
       are known again by title and text, whatever their id is there.
     made: engines by their text, taken from here where they are made already,
       also as parts of a fusion, and added.
+    limits: `cache` and `per_second` of servers and web search APIs.
 
   Raises:
     ValueError: a text that describes nothing, no such encoder or index, or an
@@ -50,7 +55,7 @@ def make(
   """
   made = {} if made is None else made
   if spec not in made:
-    made[spec] = _make(spec, corpus, k, known, made)
+    made[spec] = _make(spec, corpus, k, known, made, dict(limits or {}))
   return made[spec]
 
 
@@ -67,7 +72,7 @@ def split(specs: str) -> list[str]:
   return found
 
 
-def _make(spec, corpus, k, known, made):
+def _make(spec, corpus, k, known, made, limits):
   kind, _, rest = spec.partition(':')
   if spec == 'lexical':
     return retriever.build(corpus, dimensions=_DIMENSIONS)
@@ -76,16 +81,19 @@ def _make(spec, corpus, k, known, made):
   if kind == 'dense' and rest:
     return _dense(rest, corpus)
   if kind in ('http', 'https'):
-    return service.from_url(spec, k, known=known)
+    return service.from_url(spec, k, known=known, **limits)
+  if kind in web.APIS:
+    return web.WebSearch(kind, url=rest, **limits)
   if kind == 'fusion' and rest:
     parts = _NEXT.split(rest)
     if len(parts) > 1:
       return fusion.Fusion([
-          make(part, corpus, k=k, known=known, made=made) for part in parts])
+          make(part, corpus, k=k, known=known, made=made, limits=limits)
+          for part in parts])
   raise ValueError(
       f'{spec!r} is no search engine: lexical, bm25, dense:ENCODER_FOLDER,'
-      ' dense:ENCODER_FOLDER@INDEX_FOLDER, fusion:bm25+dense:… or'
-      ' http://host:port are expected.')
+      ' dense:ENCODER_FOLDER@INDEX_FOLDER, fusion:bm25+dense:…,'
+      ' http://host:port, serper or bing are expected.')
 
 
 def _dense(folders, corpus):

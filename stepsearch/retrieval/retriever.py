@@ -309,12 +309,27 @@ class Unavailable(ValueError):
   """A search engine has answered nothing for longer than a run waits."""
 
 
+class PartlyFailed(ConnectionError):
+  """An engine has no answer to some queries of a call.
+
+  Attributes:
+    found: as of `Engine.search`, with None for those queries.
+  """
+
+  def __init__(
+      self, problem: str, found: Sequence[list[Document] | None]
+  ):
+    super().__init__(problem)
+    self.found = found
+
+
 class Patient:
   """An engine whose failures cost a turn, and only in the end the run.
 
   A call that raises, takes too long or answers other than asked is repeated,
   each time after twice the wait. If it fails for good its queries get no
-  documents, which the rewards count as no information.
+  documents, which the rewards count as no information. So do those that it
+  names in a `PartlyFailed`, and only those.
 
   Attributes:
     failed: queries so far that got no documents for that reason.
@@ -323,7 +338,7 @@ class Patient:
   def __init__(
       self, engine: Engine, *,
       name: str = 'the engine of config.retriever.factory',
-      timeout: float = 15.0, retries: int = 2, give_up: float = 60.0,
+      timeout: float | None = 15.0, retries: int = 2, give_up: float = 60.0,
       wait: float = 1.0,
   ):
     """Wraps an engine.
@@ -331,7 +346,7 @@ class Patient:
     Args:
       engine: called by one thread at a time, but for calls that were given up.
       name: of the engine, for errors.
-      timeout: seconds that one call may take.
+      timeout: seconds that one call may take; None: the engine sees to that.
       retries: calls after the first that fails.
       give_up: seconds of searches without any answer after which `search`
         raises.
@@ -372,18 +387,25 @@ class Patient:
       else:
         self._silence = 0.0
         return found
-    self.failed += len(queries)
+    rows = [None] * len(queries)
+    if isinstance(cause, PartlyFailed):
+      rows = list(cause.found)
+    missing = rows.count(None)
+    self.failed += missing
+    silent = missing == len(queries)
     self._silence += time.monotonic() - start
-    if self._silence >= self._give_up:
+    if not silent:
+      self._silence = 0.0
+    elif self._silence >= self._give_up:
       raise Unavailable(
           f'{self._name} has answered nothing in {self._silence:.0f} seconds '
           f'of searches, at last {cause!r}: start it again, and look at '
           'config.retriever.timeout, retries and give_up.'
       )
     print(
-        f'search failed {self._retries + 1} times ({cause!r}): {len(queries)} '
+        f'search failed {self._retries + 1} times ({cause!r}): {missing} '
         'queries get no documents', flush=True)
-    return [[] for _ in queries]
+    return [row or [] for row in rows]
 
   def _checked(self, queries, k):
     result: futures.Future = futures.Future()

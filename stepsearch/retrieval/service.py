@@ -20,6 +20,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent import futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import queue
@@ -33,7 +34,9 @@ import urllib.parse
 from aiohttp import web
 import urllib3
 
+from stepsearch import client
 from stepsearch import passages
+from stepsearch import paths
 from stepsearch.retrieval import retriever
 from stepsearch.types import Document
 
@@ -272,7 +275,8 @@ class _Joined:
 def from_url(
     urls: str, k: int, *, timeout: float = 15.0,
     known: Iterable[Document] = (), first: int = 0,
-    say: Callable[[str], None] = print, **patience: Any,
+    say: Callable[[str], None] = print, cache: paths.Address = '',
+    per_second: float = 0.0, **patience: Any,
 ) -> retriever.Patient:
   """Makes an engine of servers that speak the protocol, and tries them.
 
@@ -283,12 +287,16 @@ def from_url(
     known: as of `Remote`.
     first: as of `Remote`.
     say: prints a line about each server.
+    cache: as of `Remote`.
+    per_second: as of `Remote`.
     **patience: of `retriever.Patient`.
 
   Raises:
     ValueError: no server can be reached, or one answers something else.
   """
-  remote = Remote(urls, timeout=timeout, known=known, first=first)
+  remote = Remote(
+      urls, timeout=timeout, known=known, first=first, cache=cache,
+      per_second=per_second)
   remote.check(k, say)
   return retriever.Patient(
       remote, name=f'the server of config.retriever.url = {urls!r}',
@@ -307,6 +315,7 @@ class Remote:
   def __init__(
       self, urls: str, *, timeout: float = 15.0,
       known: Iterable[Document] = (), first: int = 0,
+      cache: paths.Address = '', per_second: float = 0.0,
   ):
     """Connects to nothing yet.
 
@@ -316,13 +325,18 @@ class Remote:
       known: documents whose id is used wherever their title and text are
         found, whatever the server calls them: gold documents are known again.
       first: number of the server that is asked first, modulo their number.
+      cache: file that keeps what each query has found (`client.Cache`); ''
+        keeps nothing. It does not notice when a server gets another corpus.
+      per_second: requests a second; 0: no limit.
 
     Raises:
-      ValueError: something that is not a URL.
+      ValueError: something that is not a URL, or a file that is no cache.
     """
     self.urls = tuple(_normalised(url) for url in urls.split(','))
     self._ids = {(d.title, d.text): d.id for d in known}
     self._next = first
+    self._cache = client.Cache(cache) if cache else None
+    self._limiter = client.Limiter(per_second)
     self._timeout = timeout
     self._pool = urllib3.PoolManager(
         maxsize=4, retries=False,
@@ -339,11 +353,21 @@ class Remote:
     """
     results: list[list[Document]] = [[] for _ in queries]
     asked = [i for i, query in enumerate(queries) if query.strip()]
+    if self._cache is not None:
+      kept = {
+          i: self._cache.find([*self.urls, queries[i], k]) for i in asked}
+      for i, rows in kept.items():
+        results[i] = [Document(*fields) for fields in rows or ()]
+      asked = [i for i in asked if kept[i] is None]
     for start in range(0, len(asked), _ASKED):
       part = asked[start:start + _ASKED]
       found = self._ask([queries[i] for i in part], k)
       for i, documents in zip(part, found):
         results[i] = documents
+        if self._cache is not None:
+          self._cache.keep(
+              [*self.urls, queries[i], k],
+              [dataclasses.astuple(document) for document in documents])
     return results
 
   def check(self, k: int, say: Callable[[str], None] = print) -> None:
@@ -402,6 +426,7 @@ class Remote:
     raise ConnectionError('; '.join(failures))
 
   def _retrieve(self, url, queries, k) -> list[list[Document]]:
+    self._limiter.wait()
     answer = self._pool.request(
         'POST', url,
         json={'queries': queries, 'topk': k, 'return_scores': True})
