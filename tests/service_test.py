@@ -578,13 +578,13 @@ def test_with_a_server_the_corpus_is_for_gold_documents_only(tmp_path):
       tmp_path / 'q.jsonl',
       {'id': 1, 'question': 'Who?', 'answers': ['Ada'], 'gold': ['a']})
   with pytest.raises(ValueError, match='config.data.corpus'):
-    assembly._read(config, training=False)
+    assembly._read(config, training=False, questions=True)
   config.retriever.url = 'http://127.0.0.1:1'
-  corpus, _, (example,) = assembly._read(config, training=False)
+  corpus, _, (example,) = assembly._read(config, training=False, questions=True)
   assert (corpus, example.gold_documents) == ([], ())
   config.data.corpus = _write(
       tmp_path / 'c.jsonl', {'id': 'a', 'title': 'Ada', 'text': 'Born.'})
-  corpus, _, (example,) = assembly._read(config, training=False)
+  corpus, _, (example,) = assembly._read(config, training=False, questions=True)
   assert example.gold_documents == (Document('a', 'Ada', 'Born.'),)
 
 
