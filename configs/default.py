@@ -52,7 +52,9 @@ def get_config(arg=''):
 
   config.data = ConfigDict(dict(
       source='jsonl',  # jsonl | world
-      train='', corpus='',  # JSONL files of source = jsonl
+      # Of source = jsonl: files, or what `python -m stepsearch.prepare` made in
+      # `directory`: NAME:SPLIT such as musique:train, and musique:corpus.
+      train='', corpus='', directory='',
       eval='',  # one or more, joined by commas
       demonstrations='',  # JSONL of {question, text}; or search_keys
       train_questions=4000,  # source = world: how many are made

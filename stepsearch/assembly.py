@@ -262,7 +262,7 @@ def retriever(
     corpus = world_lib.World(
         world_lib.Config(**config.world.to_dict()), config.seed).corpus
   else:
-    corpus = datasets.read_corpus(config.data.corpus)
+    corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
   return _retriever(config, corpus, c.directory, say)
 
 
@@ -606,21 +606,22 @@ def _read(config, training, questions):
         'data.source=world.')
   corpus, by_id = [], None
   if config.data.corpus:
-    corpus = datasets.read_corpus(config.data.corpus)
+    corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
     by_id = corpus.by_id
   held_out = []
-  for path in config.data.eval.split(',') if questions else ():
-    path = paths.Path(path.strip())
-    # musique/questions.jsonl is called musique, bamboogle.jsonl bamboogle.
-    name = path.parent.name if path.stem == 'questions' else path.stem
-    read = datasets.read_questions(path, by_id, dataset=name)
+  for source in config.data.eval.split(',') if questions else ():
+    source = source.strip()
+    read = datasets.read_questions(
+        source, by_id, dataset=datasets.name(source),
+        directory=config.data.directory)
     held_out += read[:config.data.eval_questions or None]
   if not training:
     return corpus, [], held_out
   asked = {example.question for example in held_out}
   train = [
       example
-      for example in datasets.read_questions(config.data.train, by_id)
+      for example in datasets.read_questions(
+          config.data.train, by_id, directory=config.data.directory)
       if example.question not in asked]
   config_lib.require(
       train, 'data.train', config.data.train,

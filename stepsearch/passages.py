@@ -81,6 +81,10 @@ class _ById(Mapping[str, Document]):
   def __iter__(self) -> Iterator[str]:
     return (document.id for document in self._passages)
 
+  def values(self) -> Passages:
+    """All documents, each parsed once."""
+    return self._passages
+
   def __getitem__(self, document_id: str) -> Document:
     hashes, wanted = self._passages._hashes, hash(document_id)
     i = np.searchsorted(hashes, wanted, sorter=self.order)

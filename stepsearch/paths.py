@@ -130,6 +130,12 @@ def new_folder(
       shutil.rmtree(draft, ignore_errors=True)
 
 
+def cache() -> pathlib.Path:
+  """The folder of what can be made again: ~/.cache/stepsearch by default."""
+  folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(folder) / 'stepsearch'
+
+
 def local_copy(path: Address) -> pathlib.Path:
   """A file or folder on this disk: itself, or the copy that is kept of it.
 
@@ -155,9 +161,7 @@ def local_copy(path: Address) -> pathlib.Path:
       and (name == bare or name.startswith(f'{bare}/'))}
   digest = lambda value: hashlib.blake2b(
       repr(value).encode(), digest_size=8).hexdigest()
-  cache = pathlib.Path(
-      os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
-  kept = cache / 'stepsearch' / digest(bare)
+  kept = cache() / digest(bare)
   copy = kept / digest(files) / path.name
   if not copy.exists():
     with new_folder(copy.parent, path.name) as draft, explained(path):

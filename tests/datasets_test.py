@@ -7,6 +7,7 @@ from stepsearch import paths
 from stepsearch.data import datasets
 from stepsearch.types import Document
 from stepsearch.types import Example
+from stepsearch.types import SubQuestion
 
 _SHARED = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
 
@@ -120,16 +121,24 @@ def test_derived_question(tmp_path):
           ),
           hops=2,
           dataset='m',
+          sub_questions=(
+              SubQuestion('Push >> creator', 'Ben Affleck', ('3',)),
+              SubQuestion(
+                  'who did Ben Affleck play in #2 or #12', 'F', ('4',)),
+          ),
+          source='q.jsonl',
       )
   ]
   (example,) = datasets.read_questions(path)
   assert example.gold_documents == () and example.hops == 2
+  assert [sub.gold for sub in example.sub_questions] == [(), ()]
 
 
 def test_question_without_gold_or_decomposition(tmp_path):
   row = {'id': 1, 'question': 'q', 'answers': ['a']}
   path = _write(tmp_path / 'q.jsonl', row)
-  assert datasets.read_questions(path, _CORPUS) == [Example('1', 'q', ('a',))]
+  assert datasets.read_questions(path, _CORPUS) == [
+      Example('1', 'q', ('a',), source='q.jsonl')]
 
 
 def test_released_record(tmp_path):
@@ -145,6 +154,7 @@ def test_released_record(tmp_path):
       ),
       search_keys=(('creator of Push', 'Push creator'), ('Affleck in Dazed',)),
       hops=2,
+      source='q.jsonl',
   )
 
 

@@ -1,53 +1,67 @@
-"""Files → documents, examples and demonstrations.
+"""Sources → documents, examples and demonstrations.
 
-Everything is JSON lines, UTF-8, one object a line, on disk or gs://. Each
-reader checks every row before anything is computed; a bad row is a `ValueError`
-that names file, line and field. Ids may be numbers and become text.
+    a file of a shape of `formats`, on disk or gs://  ─┐
+    NAME:SPLIT, a set that `prepare` has made          ─┴▶ Example, Document
 
-    corpus          {id, title, text}  or  {id, contents: '"title"\\ntext'}
-    questions       {id, question, answers, gold: [corpus ids],
-                     decomposition: [{question, answer, gold}]}
-    or, as released with arXiv 2505.15107,
-                    {question, final_answer, answer_aliases, sub_searchs,
-                     sub_support_docs: [{title, paragraph_text}]}
-    demonstrations  {question, text}
+Each reader checks every row before anything is computed; bad rows are one
+`ValueError` that names file, line and field of each. Ids may be numbers and
+become text. A source is a path, or the name of something prepared:
+`musique:train`, `hotpotqa/fullwiki:dev`, and of its passages `musique:corpus`.
 """
 
 from __future__ import annotations
 
 import array
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 import dataclasses
+import hashlib
+import itertools
 import json
-import re
-from typing import Any
+import os
+import pathlib
 
 from stepsearch import passages
 from stepsearch import paths
+from stepsearch.data import formats
+from stepsearch.data import prepared
 from stepsearch.types import Document
 from stepsearch.types import Example
-
-_REFERENCE = re.compile(r'#(\d+)')
-_REQUIRED = object()
+from stepsearch.types import SubQuestion
 
 
-def read_corpus(path: paths.Address) -> passages.Passages:
-  """Checks the passages of a corpus and maps them, in the file's order.
+def read_corpus(
+    source: paths.Address, directory: paths.Address = ''
+) -> passages.Passages:
+  """Checks the passages of a corpus and maps them, in the source's order.
+
+  Args:
+    source: JSON lines of {id, title, text} or {id, contents}; a file of
+      another kind (packed, a table as DPR's psgs_w100.tsv, or questions with
+      the paragraphs they were asked about), which is written once as such lines
+      into the cache of `paths`; or NAME:corpus.
+    directory: where `prepare` put what NAME:corpus names.
 
   Raises:
-    ValueError: no passages, a malformed row, or an id that occurs twice.
+    ValueError: no passages, malformed rows, or an id that occurs twice.
   """
+  known = prepared.parse(source)
+  if known is not None:
+    path = prepared.passages_file(known, directory)
+  else:
+    path = source if _plain(source) else _materialised(source)
   starts, hashes = array.array('q'), array.array('q')
-  for row in _rows(path):
+  faults = formats.Faults(source)
+  for row in formats.rows(path, faults):
+    try:
+      formats.passage(row)
+    except formats.Fault as fault:
+      faults.add(fault)
+      continue
     starts.append(row.start)
     hashes.append(hash(row.id()))
-    if 'contents' in row and 'text' not in row:
-      row.text('contents')
-    else:
-      row.text('title', blank=True)
-      row.text('text')
+  faults.check()
   if not starts:
-    raise ValueError(f'{path} holds no documents.')
+    raise ValueError(f'{source} holds no documents.')
   documents = passages.Passages(
       passages.mapped(paths.local_copy(path)), starts, hashes
   )
@@ -55,48 +69,89 @@ def read_corpus(path: paths.Address) -> passages.Passages:
   if twice:
     first, again = twice
     raise ValueError(
-        f'{path}: the id "{documents[first].id}" is on line {first + 1} and'
+        f'{source}: the id "{documents[first].id}" is on line {first + 1} and'
         f' again on line {again + 1}; ids must be unique.'
     )
   return documents
 
 
 def read_questions(
-    path: paths.Address,
-    corpus: Mapping[str, Document] | None = None,
+    source: paths.Address,
+    corpus_by_id: Mapping[str, Document] | None = None,
     *,
     dataset: str = '',
+    directory: paths.Address = '',
 ) -> list[Example]:
-  """Reads questions in either form that the module describes.
+  """Reads questions of any shape that `formats` knows.
 
-  Each sub-question of a decomposition becomes a search key, with its
-  references #k replaced by the answers of the sub-questions before it. The
-  number of hops is that of the sub-questions, else of the gold passages.
+  Each sub-question of a decomposition, its references #k replaced by the
+  answers of the sub-questions before it, becomes a search key unless the row
+  has keys of its own. The number of hops is that of the sub-questions, else of
+  the search keys, else of the gold passages.
+
+  Gold passages are the corpus' own documents where it has them: by id, by title
+  and text, or by a title that only one of its passages has (or only one with
+  the sub-question's answer in it). A question of which some are neither there
+  nor spelled out in the source has none.
 
   Args:
-    path: the file.
-    corpus: passages by id. None: gold ids are not resolved, and the examples
-      have only the gold passages that the file itself spells out.
+    source: a file, or NAME:SPLIT.
+    corpus_by_id: passages by id. None: the examples have only the gold passages
+      that the source itself spells out.
     dataset: name for `Example.dataset`.
+    directory: where `prepare` put what NAME:SPLIT names.
 
   Raises:
-    ValueError: no questions, a malformed row, or a gold id that the corpus
-      does not hold.
+    ValueError: no questions, malformed rows, or a gold id that the corpus does
+      not hold.
   """
-  examples, released = [], []
-  for row in _rows(path):
-    if 'final_answer' in row:
-      released.append(len(examples))
-      examples.append(_released(row, dataset))
-    else:
-      examples.append(_derived(row, corpus, dataset))
+  faults = formats.Faults(source)
+  known = prepared.parse(source)
+  rows = (
+      formats.rows(source, faults) if known is None
+      else prepared.read(known, directory))
+  examples = []
+  for row in rows:
+    try:
+      example = formats.example(row)
+      if corpus_by_id is not None:
+        _check_ids(example, row, corpus_by_id)
+    except formats.Fault as fault:
+      faults.add(fault)
+      continue
+    examples.append(example)
+  faults.check()
   if not examples:
-    raise ValueError(f'{path} holds no questions.')
-  if released and corpus is not None:
-    known = _known([examples[i] for i in released], corpus)
-    for i, example in zip(released, known):
-      examples[i] = example
-  return examples
+    raise ValueError(f'{source} holds no questions.')
+  if dataset:
+    examples = [dataclasses.replace(e, dataset=dataset) for e in examples]
+  return _with_gold(examples, corpus_by_id)
+
+
+def name(source: paths.Address) -> str:
+  """What a source is called in metrics: musique for musique:dev.
+
+  Also for musique/questions.jsonl; bamboogle for bamboogle.jsonl.
+  """
+  known = prepared.parse(source)
+  if known is not None:
+    return known.name
+  path = paths.Path(source)
+  return path.parent.name if path.stem == 'questions' else path.stem
+
+
+def write_questions(
+    path: paths.Address, examples: Iterable[Example]
+) -> None:
+  """Writes questions as JSON lines of our own shape, whole or not at all.
+
+  Raises:
+    ValueError: as of `paths.explained`.
+  """
+  with paths.replacing(path) as file:
+    for example in examples:
+      row = json.dumps(formats.record(example), ensure_ascii=False)
+      file.write(row.encode() + b'\n')
 
 
 def read_demonstrations(
@@ -105,9 +160,16 @@ def read_demonstrations(
   """Reads (question, text) pairs; the text is an episode with its tags.
 
   Raises:
-    ValueError: no demonstrations, or a malformed row.
+    ValueError: no demonstrations, or malformed rows.
   """
-  pairs = [(row.text('question'), row.text('text')) for row in _rows(path)]
+  faults = formats.Faults(path)
+  pairs = []
+  for row in formats.rows(path, faults):
+    try:
+      pairs.append((row.text('question'), row.text('text')))
+    except formats.Fault as fault:
+      faults.add(fault)
+  faults.check()
   if not pairs:
     raise ValueError(f'{path} holds no demonstrations.')
   return pairs
@@ -144,198 +206,171 @@ def check(
     )
 
 
-def _derived(
-    row: _Row, corpus: Mapping[str, Document] | None, dataset: str
-) -> Example:
-  gold = [row.id('gold', i, g) for i, g in enumerate(row.list('gold', []))]
-  earlier: list[str] = []
-  keys = []
-  for i, part in enumerate(row.list('decomposition', [])):
-    field = f'decomposition[{i}]'
-    part = _Row(row.path, row.line, part, field)
-    keys.append((_fill(part.text('question'), earlier),))
-    earlier.append(part.text('answer'))
-  documents: tuple[Document, ...] = ()
-  if corpus is not None:
-    for document_id in gold:
-      if document_id not in corpus:
-        raise row.error(
-            'gold', f'"{document_id}" is not the id of a document of the corpus'
-        )
-    documents = tuple(corpus[document_id] for document_id in gold)
-  return Example(
-      id=row.id(),
-      question=row.text('question'),
-      answers=row.texts('answers'),
-      gold_documents=documents,
-      search_keys=tuple(keys),
-      hops=len(keys) or len(gold),
-      dataset=dataset,
-  )
+def read_passages(
+    source: paths.Address, faults: formats.Faults
+) -> Iterator[Document]:
+  """The passages of a file of any kind, one after the other.
 
-
-def _known(
-    examples: Sequence[Example], corpus: Mapping[str, Document]
-) -> list[Example]:
-  """Puts the corpus' own document wherever one has its title and text.
-
-  In one pass, for a large corpus has no room for a table of all its texts.
+  Args:
+    source: a corpus, or questions with their paragraphs, which are pooled.
+    faults: where malformed rows go.
   """
-  texts = {(d.title, d.text) for e in examples for d in e.gold_documents}
-  found = {
-      key: d for d in corpus.values() if (key := (d.title, d.text)) in texts}
-  return [
-      dataclasses.replace(example, gold_documents=tuple(
-          found.get((d.title, d.text), d) for d in example.gold_documents))
-      for example in examples]
-
-
-def _released(row: _Row, dataset: str) -> Example:
-  example_id = row.id() if 'id' in row else str(row.line)
-  aliases = row.texts('answer_aliases', empty=True)
-  answers = dict.fromkeys((row.text('final_answer'), *aliases))
-  documents = []
-  for i, item in enumerate(row.list('sub_support_docs')):
-    part = _Row(row.path, row.line, item, f'sub_support_docs[{i}]')
-    title, text = part.text('title', blank=True), part.text('paragraph_text')
-    documents.append(Document(f'{example_id}/{i}', title, text))
-  keys = tuple(
-      row.texts(f'sub_searchs[{i}]', value=item)
-      for i, item in enumerate(row.list('sub_searchs'))
-  )
-  return Example(
-      id=example_id,
-      question=row.text('question'),
-      answers=tuple(answers),
-      gold_documents=tuple(documents),
-      search_keys=keys,
-      hops=len(keys) or len(documents),
-      dataset=dataset,
-  )
-
-
-def _fill(question: str, answers: Sequence[str]) -> str:
-  """Replaces #k by answer k; a # that counts nothing earlier stays."""
-
-  def answer(match: re.Match[str]) -> str:
-    k = int(match[1])
-    return answers[k - 1] if 1 <= k <= len(answers) else match[0]
-
-  return _REFERENCE.sub(answer, question)
-
-
-class _Row:
-  """One object of a file, with accessors that say where a fault is."""
-
-  def __init__(
-      self, path, line: int, values: Any, within: str = '', start: int = 0
-  ):
-    self.path = path
-    self.line = line
-    self.start = start  # its first byte in the file
-    self._within = within
-    if not isinstance(values, dict):
-      raise ValueError(
-          f'{path}, line {line}{within and ", field " + within}: expected an'
-          f' object {{…}}, found {_kind(values)}.'
-      )
-    self._values = values
-
-  def __contains__(self, field: str) -> bool:
-    return field in self._values
-
-  def error(self, field: str, problem: str) -> ValueError:
-    """A fault of one field."""
-    name = f'{self._within}.{field}' if self._within else field
-    where = f'{self.path}, line {self.line}, field {name}'
-    return ValueError(f'{where}: {problem}.')
-
-  def id(self, field: str = 'id', i: int | None = None, value=_REQUIRED) -> str:
-    """An id, as text."""
-    value = self._value(field, value)
-    if i is not None:
-      field = f'{field}[{i}]'
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-      found = _kind(value)
-      raise self.error(field, f'expected text or an integer, found {found}')
-    if value == '':
-      raise self.error(field, 'it is empty')
-    return str(value)
-
-  def text(self, field: str, *, blank: bool = False, value=_REQUIRED) -> str:
-    """A text; only with `blank` may it have no words."""
-    value = self._value(field, value)
-    if not isinstance(value, str):
-      raise self.error(field, f'expected text, found {_kind(value)}')
-    if not blank and not value.strip():
-      raise self.error(field, 'it is empty')
-    return value
-
-  def list(self, field: str, default=_REQUIRED, *, value=_REQUIRED) -> list:
-    """A list of anything; `default` where the field is absent."""
-    if default is not _REQUIRED and field not in self._values:
-      return default
-    value = self._value(field, value)
-    if not isinstance(value, list):
-      raise self.error(field, f'expected a list, found {_kind(value)}')
-    return value
-
-  def texts(
-      self, field: str, *, empty: bool = False, value=_REQUIRED
-  ) -> tuple[str, ...]:
-    """A list of texts without repeats; only with `empty` may it have none."""
-    values = self.list(field, value=value)
-    if not values and not empty:
-      raise self.error(field, 'it is empty; at least one text is needed')
-    return tuple(
-        dict.fromkeys(
-            self.text(f'{field}[{i}]', value=item)
-            for i, item in enumerate(values)
-        )
-    )
-
-  def _value(self, field: str, value):
-    if value is not _REQUIRED:
-      return value
-    if field not in self._values:
-      fields = ', '.join(self._values)
-      raise self.error(field, f'it is missing; the row has {fields}')
-    return self._values[field]
-
-
-def _rows(path: paths.Address) -> Iterator[_Row]:
-  """Yields the rows of a file; empty lines may only stand at its end."""
-  empty = start = 0
-  local = paths.local_copy(path)
-  with paths.explained(path):
-    file = open(local, 'rb')
-  with file:
-    for line, content in enumerate(file, 1):
-      if not content.strip():
-        empty = empty or line
-        continue
-      if empty:
-        raise ValueError(
-            f'{path}, line {empty}: it is empty; every line must hold one JSON'
-            ' object.'
-        )
+  rows = formats.rows(source, faults)
+  first = next(rows, None)
+  if first is None:
+    return
+  rows = itertools.chain([first], rows)
+  if _has_context(first):
+    pool = formats.Pool()
+    for row in rows:
       try:
-        values = json.loads(content)
-      except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f'{path}, line {line}: it is not JSON ({error}); every line must'
-            ' hold one JSON object.'
-        ) from None
-      yield _Row(path, line, values, start=start)
-      start += len(content)
+        documents = formats.context(row)
+      except formats.Fault as fault:
+        faults.add(fault)
+        continue
+      for document in documents:
+        added, new = pool.add(document)
+        if new:
+          yield added
+    return
+  for row in rows:
+    try:
+      yield formats.passage(row)
+    except formats.Fault as fault:
+      faults.add(fault)
 
 
-def _kind(value: Any) -> str:
-  names = {
-      dict: 'an object',
-      list: 'a list',
-      str: 'text',
-      bool: 'true or false',
-      type(None): 'null',
-  }
-  return names.get(type(value), 'a number')
+def _has_context(row: formats.Row) -> bool:
+  metadata = row.values.get('metadata')
+  inside = metadata if isinstance(metadata, dict) else {}
+  return any(
+      name in row or name in inside for name in ('paragraphs', 'context'))
+
+
+def _plain(source: paths.Address) -> bool:
+  """Whether a file can be mapped as it is: lines of passages."""
+  name = os.fspath(source)
+  if name.endswith(('.gz', '.zip', '.parquet', '.csv', '.tsv')) or (
+      '.zip/' in name):
+    return False
+  with formats.opened(source) as (file, _):
+    line = file.readline()
+  try:
+    values = json.loads(line)
+  except ValueError:
+    # A list of objects begins so; anything else is told when it is read.
+    return not line.lstrip().startswith(b'[')
+  return not isinstance(values, list) and not (
+      isinstance(values, dict) and _has_context(
+          formats.Row(source, 'line 1', values)))
+
+
+def _materialised(source: paths.Address) -> pathlib.Path:
+  """The passages of a file as lines, in the cache; made anew when it changes.
+
+  Raises:
+    ValueError: malformed rows.
+  """
+  local = paths.local_copy(os.fspath(source).partition('.zip/')[0] + (
+      '.zip' if '.zip/' in os.fspath(source) else ''))
+  with paths.explained(source):
+    status = local.stat()
+  key = (os.path.abspath(source), status.st_size, status.st_mtime_ns)
+  folder = paths.cache() / 'passages' / hashlib.blake2b(
+      repr(key).encode(), digest_size=8).hexdigest()
+  file = folder / 'corpus.jsonl'
+  if not file.exists():
+    faults = formats.Faults(source)
+    with paths.new_folder(folder, file.name) as draft:
+      passages.write(draft / file.name, read_passages(source, faults))
+      faults.check()
+      if not (draft / file.name).stat().st_size:
+        raise ValueError(f'{source} holds no documents.')
+  return file
+
+
+def _check_ids(
+    example: Example, row: formats.Row, corpus: Mapping[str, Document]
+) -> None:
+  """Refuses a gold document that is an id which the corpus does not hold."""
+  for d in example.gold_documents:
+    if not d.title and not d.text and d.id not in corpus:
+      raise row.error(
+          'gold', f'"{d.id}" is not the id of a document of the corpus')
+
+
+def _with_gold(
+    examples: list[Example], corpus: Mapping[str, Document] | None
+) -> list[Example]:
+  """Replaces references to gold documents by documents; see `read_questions`.
+
+  In at most one pass over the corpus, for a large one has no room for a table
+  of all its texts.
+  """
+  by_key: dict[tuple[str, str], Document] = {}
+  by_title: dict[str, list[Document]] = {}
+  if corpus is not None:
+    wanted, titles = set(), set()
+    for d in (d for e in examples for d in e.gold_documents):
+      if d.text and not _same(corpus.get(d.id), d):
+        wanted.add((d.title, d.text))
+      elif d.title and not d.text:
+        titles.add(d.title)
+    if wanted or titles:
+      for d in corpus.values():
+        if (d.title, d.text) in wanted:
+          by_key[d.title, d.text] = d
+        if d.title in titles:
+          by_title.setdefault(d.title, []).append(d)
+  shared: dict[tuple[str, str, str], Document] = {}
+  resolved = []
+  for example in examples:
+    found: dict[str, Document] = {}  # by the reference's own id
+    for d in example.gold_documents:
+      own = _lookup(d, example, corpus, by_key, by_title)
+      if own is not None:
+        found[d.id] = shared.setdefault((own.id, own.title, own.text), own)
+    if len(found) < len({d.id for d in example.gold_documents}):
+      found = {}
+    if example.gold_documents or example.sub_questions:
+      # Two references may be one passage.
+      gold = tuple(dict.fromkeys(found.values()))
+      subs = tuple(
+          dataclasses.replace(sub, gold=tuple(dict.fromkeys(
+              found[i].id for i in sub.gold if i in found)))
+          for sub in example.sub_questions)
+      example = dataclasses.replace(
+          example, gold_documents=gold, sub_questions=_about(subs, gold))
+    resolved.append(example)
+  return resolved
+
+
+def _lookup(d, example, corpus, by_key, by_title) -> Document | None:
+  """The document of one reference; None where it cannot be told."""
+  if d.text:
+    if corpus is None:
+      return d
+    own = corpus.get(d.id)
+    return own if _same(own, d) else by_key.get((d.title, d.text), d)
+  if corpus is None:
+    return None
+  if not d.title:
+    return corpus[d.id]
+  alike = by_title.get(d.title, [])
+  if len(alike) > 1:
+    answers = [s.answer for s in example.sub_questions if d.id in s.gold]
+    alike = [p for p in alike if any(a and a in p.text for a in answers)]
+  return alike[0] if len(alike) == 1 else None
+
+
+def _same(document: Document | None, other: Document) -> bool:
+  return document is not None and (
+      (document.title, document.text) == (other.title, other.text))
+
+
+def _about(subs, gold) -> tuple[SubQuestion, ...]:
+  """Sub-questions that are relations get the gold document they start from."""
+  return tuple(
+      sub if sub.gold
+      else dataclasses.replace(sub, gold=formats.about(sub.question, gold))
+      for sub in subs)

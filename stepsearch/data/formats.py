@@ -1,0 +1,842 @@
+"""Files of questions and passages, in the shapes in which they are published.
+
+    .jsonl .json .csv .tsv .parquet, plain, .gz, .zip ─▶ Row ─ shape ─▶ Example
+
+A row's shape is told by its fields, never by the file's name:
+
+    own         question, answers; or answer, a text or a list. All else is
+                optional: id, gold [ids, or {id, title, text}], decomposition
+                [{question, answer, gold}], search_keys [sub-question][query],
+                evidences [[subject, relation, object]], hops, dataset, source,
+                licence
+    released    with arXiv 2505.15107: question, final_answer, answer_aliases,
+                sub_searchs, sub_support_docs [{title, paragraph_text}]
+    musique     question, answer, answer_aliases, question_decomposition, and
+                paragraphs or else document_id, the gold title
+    hotpotqa    HotpotQA and 2WikiMultihopQA, official or as on Hugging Face:
+                question, answer, supporting_facts, context; 2Wiki's evidences
+                and qa_pairs
+    flashrag    question, golden_answers; also transcripts of Search-R1
+    verl        prompt, reward_model, extra_info; also Search-R1's
+
+A gold document may be spelled out, or be an id or a title that waits for a
+corpus (`Document.text` is empty then; `datasets.read_questions` looks it up).
+What is wrong with a file is raised at once: line and field of every bad row, up
+to a number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+from typing import Any, BinaryIO
+import zipfile
+import zlib
+
+from stepsearch import passages
+from stepsearch import paths
+from stepsearch.types import Document
+from stepsearch.types import Example
+from stepsearch.types import SubQuestion
+
+LICENCES = {
+    'musique': 'CC BY 4.0',
+    'hotpotqa': 'CC BY-SA 4.0',
+    '2wiki': 'Apache-2.0',
+    'bamboogle': 'MIT',
+}
+SUFFIXES = ('.jsonl', '.json', '.parquet', '.csv', '.tsv')
+
+_SHOWN = 20  # faults of a file
+_CHUNK = 1 << 20  # characters read at a time from a list of objects
+_REFERENCE = re.compile(r'#(\d+)')
+_NAMED = re.compile(
+    r'(?<![a-z0-9])(musique|hotpot|2wiki|bamboogle)', re.IGNORECASE)
+_ALIKE = {'hotpot': 'hotpotqa'}
+_RELATION = ' >> '  # as MuSiQue writes a sub-question that is a relation
+_REQUIRED = object()
+
+
+class Fault(ValueError):
+  """What is wrong with one row: where in its file, and what."""
+
+  def __init__(self, path: str, where: str, problem: str):
+    super().__init__(f'{path}, {where}: {problem}.')
+    self.short = f'{where}: {problem}'
+
+
+class Faults:
+  """The faults of a file; counts them all and remembers the first ones."""
+
+  def __init__(self, path: paths.Address):
+    self._path = path
+    self._first: list[Fault] = []
+    self._count = 0
+
+  def add(self, fault: Fault) -> None:
+    """Counts a row that cannot be used."""
+    self._count += 1
+    if len(self._first) < _SHOWN:
+      self._first.append(fault)
+
+  def check(self) -> None:
+    """Raises what was added.
+
+    Raises:
+      ValueError: names each row and field, up to a number of them.
+    """
+    if self._count == 1:
+      raise ValueError(str(self._first[0]))
+    if self._count:
+      shown = '; '.join(fault.short for fault in self._first)
+      more = self._count - len(self._first)
+      more = f'; and {more:,} more' if more else ''
+      raise ValueError(
+          f'{self._path}: {self._count:,} rows are malformed: {shown}{more}.')
+
+
+class Row:
+  """One object of a file, with accessors that say where a fault is."""
+
+  def __init__(
+      self, path: paths.Address, where: str, values: Any, within: str = '',
+      start: int = 0,
+  ):
+    self.path = path
+    self.where = where  # 'line 3', 'row 3'
+    self.start = start  # its first byte in the file
+    self._within = within
+    if not isinstance(values, dict):
+      raise Fault(
+          path, where + (within and f', field {within}'),
+          f'expected an object {{…}}, found {_kind(values)}')
+    self.values = values
+
+  def __contains__(self, field: str) -> bool:
+    return self.values.get(field) is not None
+
+  def error(self, field: str, problem: str) -> Fault:
+    """A fault of one field."""
+    name = f'{self._within}.{field}' if self._within else field
+    return Fault(self.path, f'{self.where}, field {name}', problem)
+
+  def part(self, field: str, values: Any) -> Row:
+    """A row for an object inside this one."""
+    within = f'{self._within}.{field}' if self._within else field
+    return Row(self.path, self.where, values, within, self.start)
+
+  def number(self) -> str:
+    """Which of the rows it is, as text."""
+    return self.where.partition(' ')[2]
+
+  def id(self, field: str = 'id', value: Any = _REQUIRED) -> str:
+    """An id, as text."""
+    value = self._value(field, value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+      found = _kind(value)
+      raise self.error(field, f'expected text or an integer, found {found}')
+    if value == '':
+      raise self.error(field, 'it is empty')
+    return str(value)
+
+  def text(
+      self, field: str, *, blank: bool = False, value: Any = _REQUIRED
+  ) -> str:
+    """A text; only with `blank` may it have no words."""
+    value = self._value(field, value)
+    if not isinstance(value, str):
+      raise self.error(field, f'expected text, found {_kind(value)}')
+    if not blank and not value.strip():
+      raise self.error(field, 'it is empty')
+    return value
+
+  def list(
+      self, field: str, default: Any = _REQUIRED, *, value: Any = _REQUIRED
+  ) -> list:
+    """A list of anything; `default` where the field is absent or null."""
+    if default is not _REQUIRED and field not in self:
+      return default
+    value = self._value(field, value)
+    if not isinstance(value, list):
+      raise self.error(field, f'expected a list, found {_kind(value)}')
+    return value
+
+  def texts(
+      self, field: str, *, empty: bool = False, value: Any = _REQUIRED
+  ) -> tuple[str, ...]:
+    """A list of texts without repeats; only with `empty` may it have none."""
+    values = self.list(field, value=value)
+    if not values and not empty:
+      raise self.error(field, 'it is empty; at least one text is needed')
+    return tuple(dict.fromkeys(
+        self.text(f'{field}[{i}]', value=item)
+        for i, item in enumerate(values)))
+
+  def _value(self, field: str, value: Any):
+    if value is not _REQUIRED:
+      return value
+    if field not in self.values:
+      fields = ', '.join(map(str, self.values))
+      raise self.error(field, f'it is missing; the row has {fields}')
+    return self.values[field]
+
+
+def example(row: Row) -> Example:
+  """The question of a row, whichever shape it has.
+
+  Raises:
+    Fault: a field is missing or has another type; no shape is known.
+  """
+  return _SHAPES[shape(row)](row)
+
+
+def shape(row: Row) -> str:
+  """Which of the shapes of the module's docstring a row has.
+
+  Raises:
+    Fault: none of them.
+  """
+  if 'final_answer' in row:
+    return 'released'
+  if 'question_decomposition' in row or 'paragraphs' in row:
+    return 'musique'
+  if 'answers' not in row and ('supporting_facts' in row or 'context' in row):
+    return 'hotpotqa'
+  if 'reward_model' in row:
+    return 'verl'
+  if 'golden_answers' in row:
+    return 'flashrag'
+  if 'question' in row.values or 'Question' in row:
+    return 'own'
+  fields = ', '.join(map(str, row.values))
+  raise Fault(
+      row.path, f'{row.where}, field question',
+      f'it is missing; the row has {fields}. A question has at least question '
+      'and answers')
+
+
+def rows(path: paths.Address, faults: Faults) -> Iterator[Row]:
+  """Yields the objects of a file; what is not one becomes a fault.
+
+  Args:
+    path: on disk or gs://; `ARCHIVE.zip/MEMBER` where an archive has several
+      files of data.
+    faults: where rows go that cannot be parsed.
+
+  Raises:
+    ValueError: there is no such file, or it cannot be unpacked.
+  """
+  with opened(path) as (file, name):
+    try:
+      if name.endswith('.parquet'):
+        yield from _parquet(path, file)
+      elif name.endswith(('.csv', '.tsv')):
+        yield from _table(path, file, '\t' if name.endswith('tsv') else ',')
+      else:
+        beginning = file.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')
+        read = _array if beginning.startswith(b'[') else _lines
+        yield from read(path, file, faults)
+    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as e:
+      raise ValueError(
+          f'{path} cannot be unpacked ({e}): it is damaged or incomplete; '
+          'fetch it again.') from e
+    except UnicodeDecodeError as error:
+      raise ValueError(
+          f'{path} is not text in UTF-8 ({error}): fetch it again, or convert '
+          'it.') from error
+
+
+@contextlib.contextmanager
+def opened(path: paths.Address) -> Iterator[tuple[BinaryIO, str]]:
+  """A file's bytes, unpacked, and its name without .gz or .zip.
+
+  Raises:
+    ValueError: there is no such file, or an archive holds several.
+  """
+  archive, inside = _split(path)
+  local = paths.local_copy(archive)
+  with paths.explained(path), contextlib.ExitStack() as stack:
+    file = stack.enter_context(open(local, 'rb'))
+    name = os.fspath(path)
+    if archive.endswith('.zip'):
+      try:
+        unpacked = stack.enter_context(zipfile.ZipFile(file))
+      except zipfile.BadZipFile as error:
+        raise ValueError(f'{archive} is no archive ({error}).') from error
+      name = inside or _only(archive, unpacked)
+      if name not in unpacked.namelist():
+        raise ValueError(
+            f'{archive} holds no {name}; it holds '
+            f'{", ".join(members(unpacked)) or "no data"}.')
+      file = stack.enter_context(unpacked.open(name))
+    if name.endswith('.gz'):
+      file, name = gzip.open(file), name.removesuffix('.gz')
+    yield file, name
+
+
+def members(archive: zipfile.ZipFile) -> list[str]:
+  """The files of data in an archive, sorted."""
+  return sorted(
+      name for name in archive.namelist()
+      if name.removesuffix('.gz').endswith(SUFFIXES)
+      and not os.path.basename(name).startswith('.')
+      and not name.startswith('__MACOSX'))
+
+
+def context(row: Row) -> list[Document]:
+  """The passages that come with a question, without ids; else none.
+
+  Raises:
+    Fault: a field of them is missing or has another type.
+  """
+  row = _with_metadata(row)
+  if 'paragraphs' in row:
+    documents = []
+    for i, item in enumerate(row.list('paragraphs')):
+      part = row.part(f'paragraphs[{i}]', item)
+      documents.append(Document(
+          '', part.text('title', blank=True), part.text('paragraph_text')))
+    return documents
+  if 'context' not in row:
+    return []
+  titled = _unpacked(row, 'context')
+  if isinstance(titled, dict):
+    titles = titled.get('title')
+    sentences = titled.get('sentences', titled.get('content'))
+    if not isinstance(titles, list) or not isinstance(sentences, list) or (
+        len(titles) != len(sentences)):
+      raise row.error(
+          'context', 'expected title and sentences, two lists of one length')
+    titled = [list(pair) for pair in zip(titles, sentences)]
+  documents = []
+  for i, item in enumerate(row.list('context', value=titled)):
+    if not isinstance(item, list) or len(item) != 2:
+      raise row.error(f'context[{i}]', 'expected [title, [sentences]]')
+    title = row.text(f'context[{i}][0]', blank=True, value=item[0])
+    parts = item[1] if isinstance(item[1], list) else [item[1]]
+    text = ' '.join(
+        s for s in (
+            row.text(f'context[{i}][1]', blank=True, value=part).strip()
+            for part in parts) if s)
+    if text:  # HotpotQA has pages without a first paragraph
+      documents.append(Document('', title, text))
+  return documents
+
+
+def passage(row: Row) -> Document:
+  """The document of a row of a corpus.
+
+  Raises:
+    Fault: a field is missing or has another type.
+  """
+  row.id()
+  if 'contents' in row.values and 'text' not in row.values:
+    row.text('contents')
+  else:
+    row.text('title', blank=True)
+    row.text('text')
+  return passages.document(row.values)
+
+
+class Pool:
+  """Passages of many questions, each title and text once, ids counted up."""
+
+  def __init__(self):
+    self._ids: dict[bytes, int] = {}
+
+  def __len__(self) -> int:
+    return len(self._ids)
+
+  def add(self, document: Document) -> tuple[Document, bool]:
+    """The document under its id in the pool, and whether it is new there."""
+    key = hashlib.blake2b(
+        f'{document.title}\n{document.text}'.encode(), digest_size=16).digest()
+    new = len(self._ids)
+    place = self._ids.setdefault(key, new)
+    return (
+        Document(str(place), document.title, document.text),
+        place == new)
+
+
+def record(item: Example) -> dict[str, Any]:
+  """A question as a row of our own shape, which `example` reads."""
+  row = {
+      'id': item.id, 'question': item.question, 'answers': list(item.answers)}
+  if item.gold_documents:
+    row['gold'] = [
+        {'id': d.id, 'title': d.title, 'text': d.text}
+        for d in item.gold_documents]
+  if item.sub_questions:
+    row['decomposition'] = [
+        {'question': s.question, 'answer': s.answer, 'gold': list(s.gold)}
+        for s in item.sub_questions]
+  if item.search_keys:
+    row['search_keys'] = [list(keys) for keys in item.search_keys]
+  for field in ('hops', 'dataset', 'source', 'licence'):
+    if getattr(item, field):
+      row[field] = getattr(item, field)
+  return row
+
+
+def fill(question: str, answers: Sequence[str]) -> str:
+  """Replaces #k by answer k; a # that counts nothing earlier stays."""
+
+  def answer(match: re.Match[str]) -> str:
+    k = int(match[1])
+    return answers[k - 1] if 1 <= k <= len(answers) and answers[k - 1] else (
+        match[0])
+
+  return _REFERENCE.sub(answer, question)
+
+
+def unresolved(item: Example) -> list[str]:
+  """The sub-questions in which a #k is left, that no earlier answer brought."""
+  left = []
+  for i, sub in enumerate(item.sub_questions):
+    text = sub.question
+    for earlier in item.sub_questions[:i]:
+      text = text.replace(earlier.answer, '') if earlier.answer else text
+    if _REFERENCE.search(text):
+      left.append(sub.question)
+  return left
+
+
+def _own(row: Row) -> Example:
+  if 'Question' in row:  # Bamboogle's table
+    row = Row(row.path, row.where, {
+        field.lower(): value for field, value in row.values.items()})
+  example_id = row.id() if 'id' in row else row.number()
+  gold = []
+  for i, item in enumerate(row.list('gold', [])):
+    gold.append(_reference(row, f'gold[{i}]', item, f'{example_id}/{i}'))
+  field = 'decomposition' if 'decomposition' in row else 'sub_questions'
+  subs = []
+  for i, item in enumerate(row.list(field, [])):
+    part = row.part(f'{field}[{i}]', item)
+    ids = part.values.get('gold')
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    subs.append(_sub(
+        part, subs, [part.id('gold', value=item) for item in ids]))
+  if not subs:
+    subs = _evidences(row)
+  keys = None
+  if 'search_keys' in row:
+    keys = tuple(
+        row.texts(f'search_keys[{i}]', value=item)
+        for i, item in enumerate(row.list('search_keys')))
+  return _example(
+      row, example_id, row.text('question'), _answers(row), gold, subs, keys)
+
+
+def _released(row: Row) -> Example:
+  example_id = row.id() if 'id' in row else row.number()
+  answers = (
+      row.text('final_answer'), *row.texts('answer_aliases', empty=True))
+  documents = []
+  for i, item in enumerate(row.list('sub_support_docs')):
+    part = row.part(f'sub_support_docs[{i}]', item)
+    documents.append(Document(
+        f'{example_id}/{i}', part.text('title', blank=True),
+        part.text('paragraph_text')))
+  keys = tuple(
+      row.texts(f'sub_searchs[{i}]', value=item)
+      for i, item in enumerate(row.list('sub_searchs')))
+  return _example(
+      row, example_id, row.text('question'), answers, documents, [], keys)
+
+
+def _musique(row: Row) -> Example:
+  if row.values.get('answerable') is False:
+    raise row.error(
+        'answerable', 'it is false: only questions that have an answer can be '
+        "used, those of MuSiQue-Ans; leave MuSiQue-Full's others out")
+  example_id = row.id() if 'id' in row else row.number()
+  found = context(row)
+  supporting = [
+      i for i, item in enumerate(row.list('paragraphs', []))
+      if item.get('is_supporting')]
+  documents: dict[str, Document] = {}
+  subs = []
+  for i, item in enumerate(row.list('question_decomposition', [])):
+    part = row.part(f'question_decomposition[{i}]', item)
+    place = part.values.get('paragraph_support_idx')
+    gold = []
+    if found and isinstance(place, int):
+      if not 0 <= place < len(found):
+        raise part.error(
+            'paragraph_support_idx',
+            f'{place} is none of the {len(found)} paragraphs')
+      gold = [f'{example_id}/{place}']
+      documents.setdefault(gold[0], found[place])
+    elif 'document_id' in part:
+      title, _, paragraph = part.id('document_id').rpartition('_')
+      if not paragraph.isdigit():
+        title = part.id('document_id')
+      gold = [f'{example_id}/{i}']
+      documents[gold[0]] = Document('', title, '')
+    subs.append(_sub(part, subs, gold))
+  for place in supporting:
+    documents.setdefault(f'{example_id}/{place}', found[place])
+  return _example(
+      row, example_id, row.text('question'), _answers(row),
+      [Document(id, d.title, d.text) for id, d in documents.items()], subs)
+
+
+def _hotpotqa(row: Row) -> Example:
+  row = _with_metadata(row)
+  example_id = row.id(
+      '_id' if '_id' in row else 'id') if '_id' in row or 'id' in row else (
+          row.number())
+  texts = {d.title: d.text for d in reversed(context(row))}
+  facts = _unpacked(row, 'supporting_facts') if 'supporting_facts' in row else (
+      [])
+  if isinstance(facts, dict):
+    titles = row.part('supporting_facts', facts).list('title')
+  else:
+    titles = [
+        item[0] if isinstance(item, list) and item else item
+        for item in row.list('supporting_facts', value=facts)]
+  titles = row.texts('supporting_facts', empty=True, value=titles)
+  gold = [
+      Document(f'{example_id}/{i}', title, texts.get(title, ''))
+      for i, title in enumerate(titles)]
+  subs = []
+  for i, item in enumerate(row.list('qa_pairs', [])):
+    subs.append(_sub(row.part(f'qa_pairs[{i}]', item), subs, []))
+  evidences = _evidences(row)
+  if len(subs) == len(evidences):
+    # The answers of qa_pairs are sentences, those of evidences what is asked
+    # for; where the subject is a gold title the passage is known too.
+    subs = [
+        SubQuestion(s.question, e.answer, about(e.question, gold))
+        for s, e in zip(subs, evidences)]
+  return _example(
+      row, example_id, row.text('question'), _answers(row), gold,
+      subs or evidences)
+
+
+def _flashrag(row: Row) -> Example:
+  inner = _with_metadata(row)
+  if 'supporting_facts' in inner or 'context' in inner:
+    return _hotpotqa(row)
+  if 'question_decomposition' in inner:
+    return _musique(inner)
+  example_id = row.id() if 'id' in row else row.number()
+  return _example(
+      row, example_id, row.text('question'), _answers(row), [],
+      _evidences(inner))
+
+
+def _verl(row: Row) -> Example:
+  extra = row.part('extra_info', row.values.get('extra_info') or {})
+  if 'question' in row:
+    question = row.text('question')
+  elif 'question' in extra:
+    question = extra.text('question')
+  else:
+    question = _asked(row)
+  if 'id' in row:
+    example_id = row.id()
+  elif 'index' in extra:
+    split = extra.values.get('split')
+    example_id = f'{split}_{extra.id("index")}' if split else extra.id('index')
+  else:
+    example_id = row.number()
+  return _example(row, example_id, question, _answers(row), [], [])
+
+
+_SHAPES = {
+    'own': _own, 'released': _released, 'musique': _musique,
+    'hotpotqa': _hotpotqa, 'flashrag': _flashrag, 'verl': _verl}
+
+
+def _example(row, example_id, question, answers, gold, subs, keys=None):
+  """Puts the parts together; `keys` default to the sub-questions."""
+  if keys is None:
+    keys = tuple((sub.question,) for sub in subs)
+  hops = row.values.get('hops')
+  if hops is None:
+    hops = len(subs) or len(keys) or len(gold)
+  elif isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
+    raise row.error('hops', f'expected a number of hops, found {hops!r}')
+  source = row.values.get('source') or row.values.get('data_source')
+  licence = row.values.get('licence')
+  return Example(
+      id=example_id,
+      question=question,
+      answers=tuple(dict.fromkeys(answers)),
+      gold_documents=tuple(gold),
+      search_keys=tuple(keys),
+      hops=hops,
+      dataset=row.text('dataset') if 'dataset' in row else '',
+      sub_questions=tuple(subs),
+      source=source if isinstance(source, str) else (
+          os.path.basename(os.fspath(row.path))),
+      licence=licence if isinstance(licence, str) else (
+          LICENCES.get(_release(row), '')),
+  )
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+  """All answers that a row accepts, the reference first."""
+  if 'answers' in row.values:
+    return row.texts('answers')
+  if 'golden_answers' in row:
+    return row.texts('golden_answers')
+  if 'reward_model' in row:
+    part = row.part('reward_model', row.values['reward_model'])
+    truth = part.values.get('ground_truth')
+    if isinstance(truth, dict):  # Search-R1's
+      part = part.part('ground_truth', truth)
+      field = 'target'
+    else:
+      field = 'ground_truth'
+    return _one_or_more(part, field)
+  aliases = ()
+  for field in ('answer_aliases', 'aliases'):
+    if field in row:
+      aliases += row.texts(field, empty=True)
+  if 'answer' not in row.values:
+    fields = ', '.join(map(str, row.values))
+    raise row.error('answers', f'it is missing; the row has {fields}')
+  return (*_one_or_more(row, 'answer'), *aliases)
+
+
+def _one_or_more(row, field):
+  if isinstance(row.values.get(field), list):
+    return row.texts(field)
+  return (row.text(field),)
+
+
+def _sub(part: Row, before: Sequence[SubQuestion], gold: Sequence[str]):
+  return SubQuestion(
+      fill(part.text('question'), [sub.answer for sub in before]),
+      part.text('answer'), tuple(gold))
+
+
+def _evidences(row: Row) -> list[SubQuestion]:
+  """2Wiki's triples as sub-questions, written as MuSiQue writes relations."""
+  subs = []
+  for i, item in enumerate(
+      _unpacked(row, 'evidences') if 'evidences' in row else []):
+    item = list(item.values()) if isinstance(item, dict) else item
+    triple = row.list(f'evidences[{i}]', value=item)
+    if len(triple) != 3:
+      raise row.error(
+          f'evidences[{i}]', 'expected [subject, relation, object]')
+    subject, relation, value = (
+        row.text(f'evidences[{i}][{j}]', value=part)
+        for j, part in enumerate(triple))
+    subs.append(SubQuestion(f'{subject}{_RELATION}{relation}', value))
+  return subs
+
+
+def about(question: str, gold: Sequence[Document]) -> tuple[str, ...]:
+  """Ids of the gold documents whose title is what a relation starts from."""
+  subject, relation, _ = question.partition(_RELATION)
+  if not relation:
+    return ()
+  return tuple(
+      d.id for d in gold
+      if d.title == subject or d.title.startswith(f'{subject} ('))
+
+
+def _reference(row: Row, field: str, item: Any, otherwise: str) -> Document:
+  """A gold document: an id, or an object that says more."""
+  if not isinstance(item, dict):
+    return Document(row.id(field, value=item), '', '')
+  part = row.part(field, item)
+  return Document(
+      part.id() if 'id' in part else otherwise,
+      part.text('title', blank=True) if 'title' in part else '',
+      part.text('text', blank='title' in part) if 'text' in part else '')
+
+
+def _asked(row: Row) -> str:
+  """The question in a prompt; after its last `Question:` where it has one."""
+  prompt = row.values.get('prompt')
+  if isinstance(prompt, list):
+    asked = [
+        (i, message) for i, message in enumerate(prompt)
+        if isinstance(message, dict) and message.get('role') == 'user']
+    if not asked:
+      raise row.error('prompt', 'no message in it has the role user')
+    i, message = asked[-1]
+    prompt = row.part(f'prompt[{i}]', message).text('content')
+  text = row.text('prompt', value=prompt).rpartition('Question:')[2].strip()
+  if not text:
+    raise row.error('prompt', 'nothing follows its last Question:')
+  return text
+
+
+def _with_metadata(row: Row) -> Row:
+  """A row of FlashRAG with what its `metadata` holds beside the rest."""
+  metadata = row.values.get('metadata')
+  if not isinstance(metadata, dict):
+    return row
+  return Row(row.path, row.where, {
+      **{k: v for k, v in metadata.items() if v is not None}, **row.values})
+
+
+def _unpacked(row: Row, field: str) -> Any:
+  """A field's value; some files keep lists as JSON in a text."""
+  value = row.values[field]
+  if not isinstance(value, str):
+    return value
+  try:
+    return json.loads(value)
+  except json.JSONDecodeError as error:
+    raise row.error(field, f'it is not JSON ({error})') from None
+
+
+def _release(row: Row) -> str:
+  """Which published set a row is of; '' = not known."""
+  if 'question_decomposition' in row:
+    return 'musique'
+  if 'evidences' in row:
+    return '2wiki'
+  if 'level' in row:
+    return 'hotpotqa'
+  folder, name = os.path.split(os.fspath(row.path))
+  for text in (row.values.get('data_source'), name, os.path.basename(folder)):
+    match = _NAMED.search(text) if isinstance(text, str) else None
+    if match:
+      name = match[1].lower()
+      return _ALIKE.get(name, name)
+  return ''
+
+
+def _lines(path, file, faults) -> Iterator[Row]:
+  """JSON lines; empty ones may only stand at the end."""
+  empty = start = 0
+  for line, content in enumerate(file, 1):
+    if not content.strip():
+      empty = empty or line
+      continue
+    if empty:
+      faults.add(Fault(
+          path, f'line {empty}',
+          'it is empty; every line must hold one JSON object'))
+      empty = 0
+    try:
+      yield Row(path, f'line {line}', json.loads(content), start=start)
+    except Fault as fault:
+      faults.add(fault)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      faults.add(Fault(
+          path, f'line {line}',
+          f'it is not JSON ({error}); every line must hold one JSON object'))
+    start += len(content)
+
+
+def _array(path, file, faults) -> Iterator[Row]:
+  """The objects of one JSON list, of which a little is in memory at a time."""
+  stream = io.TextIOWrapper(file, 'utf-8-sig')
+  decode = json.JSONDecoder().raw_decode
+  text, at, line, ended = stream.read(_CHUNK), 0, 1, False
+  wanted = '['  # [, value or separator
+
+  while True:
+    beginning = len(text) - len(text[at:].lstrip())
+    line += text.count('\n', at, beginning)
+    at = beginning
+    value, after = None, -1
+    if at < len(text) and wanted != 'value':
+      if text[at] == ']' and wanted == 'separator':
+        return
+      if text[at] != {'[': '[', 'separator': ','}[wanted]:
+        faults.add(Fault(
+            path, f'line {line}',
+            f'expected a comma or the end of the list, found {text[at]!r}'))
+        return
+      at, wanted = at + 1, 'value'
+      continue
+    if at < len(text):
+      if text[at] == ']':
+        return
+      try:
+        value, after = decode(text, at)
+      except json.JSONDecodeError as error:
+        if ended:
+          line += text.count('\n', at, error.pos)
+          faults.add(Fault(
+              path, f'line {line}', f'it is not JSON ({error.msg})'))
+          return
+    if after < 0:
+      if ended:
+        faults.add(Fault(
+            path, f'line {line}', 'the list has no end; the file is cut off'))
+        return
+      chunk = stream.read(max(_CHUNK, len(text) - at))
+      text, at, ended = text[at:] + chunk, 0, not chunk
+      continue
+    try:
+      yield Row(path, f'line {line}', value)
+    except Fault as fault:
+      faults.add(fault)
+    line += text.count('\n', at, after)
+    at, wanted = after, 'separator'
+
+
+def _parquet(path, file) -> Iterator[Row]:
+  import pyarrow
+  from pyarrow import parquet
+
+  if not file.seekable():
+    file = io.BytesIO(file.read())
+  try:
+    table = parquet.ParquetFile(file)
+    number = 0
+    for batch in table.iter_batches(1024):
+      for values in batch.to_pylist():
+        number += 1
+        yield Row(path, f'row {number}', values)
+  except pyarrow.ArrowInvalid as error:
+    raise ValueError(
+        f'{path} cannot be read as parquet ({error}): fetch it again.'
+    ) from error
+
+
+def _table(path, file, separator) -> Iterator[Row]:
+  stream = io.TextIOWrapper(file, 'utf-8-sig', newline='')
+  csv.field_size_limit(1 << 30)
+  reader = csv.DictReader(stream, delimiter=separator)
+  for values in reader:
+    # What the header does not name lies at None.
+    yield Row(path, f'line {reader.line_num}', {
+        field: value for field, value in values.items() if field is not None})
+
+
+def _split(path: paths.Address) -> tuple[str, str]:
+  """`ARCHIVE.zip/MEMBER` apart; the member is '' where there is none."""
+  path = os.fspath(path)
+  archive, found, inside = path.partition('.zip/')
+  return (f'{archive}.zip', inside) if found else (path, '')
+
+
+def _only(archive: str, unpacked: zipfile.ZipFile) -> str:
+  names = members(unpacked)
+  if len(names) != 1:
+    raise ValueError(
+        f'{archive} holds {len(names)} files of data '
+        f'({", ".join(names) or "none"}): name one, as '
+        f'{archive}/{names[0] if names else "FILE.jsonl"}.')
+  return names[0]
+
+
+def _kind(value: Any) -> str:
+  names = {
+      dict: 'an object',
+      list: 'a list',
+      str: 'text',
+      bool: 'true or false',
+      type(None): 'null',
+  }
+  return names.get(type(value), 'a number')
