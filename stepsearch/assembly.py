@@ -58,6 +58,23 @@ Score = Callable[
     [Sequence[types.Example], Sequence[types.Transcript]], list[rewards.Score]]
 
 
+def keep_compiled(config: ml_collections.ConfigDict) -> None:
+  """Keeps compiled programs in config.compilation_cache, if it names a folder.
+
+  Raises:
+    ValueError: it cannot be written.
+  """
+  folder = config.compilation_cache
+  if not folder:
+    return
+  with distributed.first('compilation_cache'):
+    config_lib.check_workdir(folder, 'config.compilation_cache')
+  jax.config.update('jax_compilation_cache_dir', folder)
+  if paths.is_remote(folder):
+    # The caches that XLA itself writes, for GPUs, know disks only.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """What a run is made of; nothing here is trained."""
@@ -146,6 +163,7 @@ class Checkpoint:
       workdir: where an index is kept that is none of the run's.
       **options: of `build`.
     """
+    keep_compiled(config)
     if self.trained:
       card = self.root / 'model'
       return build(

@@ -66,18 +66,11 @@ def train(
     FloatingPointError: the run has diverged.
   """
   assembly.tune_host()
-  compiled = config.compilation_cache
   with distributed.first('workdir'):
     root = config_lib.check_workdir(workdir)
-    if compiled:
-      config_lib.check_workdir(compiled, 'config.compilation_cache')
   distributed.share(root, 'workdir')
   assembly.agree(config)
-  if compiled:
-    jax.config.update('jax_compilation_cache_dir', compiled)
-  if paths.is_remote(compiled):
-    # The caches that XLA itself writes, for GPUs, know disks only.
-    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+  assembly.keep_compiled(config)
   progress = metrics.Progress(config.num_steps)
   if (root / 'config.json').exists() and distributed.index() == 0:
     config_lib.write(config, root, _MAY_CHANGE)

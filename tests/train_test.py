@@ -291,6 +291,27 @@ def exported(whole, tmp_path_factory):
   return path
 
 
+def test_compiled_programs_are_kept_where_the_config_says(tmp_path):
+  config = config_lib.load('configs/tiny.py')
+  before = jax.config.jax_compilation_cache_dir
+  assembly.keep_compiled(config)
+  assert jax.config.jax_compilation_cache_dir == before
+  (tmp_path / 'file').write_text('')
+  for name, refused in (('file', True), ('new', False)):
+    with config.unlocked():
+      config.compilation_cache = str(tmp_path / name)
+    try:
+      if refused:
+        with pytest.raises(ValueError, match='config.compilation_cache=.*file'):
+          assembly.keep_compiled(config)
+        assert jax.config.jax_compilation_cache_dir == before
+      else:
+        assembly.keep_compiled(config)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / name)
+    finally:
+      jax.config.update('jax_compilation_cache_dir', before)
+
+
 def test_an_exported_actor_plays_as_the_checkpoint(whole, exported, tmp_path):
   evaluate.evaluate(_config(), str(whole), str(tmp_path / 'checkpoint'))
   evaluate.evaluate(_config(), str(exported), str(tmp_path / 'folder'))
