@@ -344,7 +344,8 @@ class Progress:
       shown[:] = now, tenths
       left = (now - start) / max(done, 1) * (total - done)
       text = ' '.join(f'{key} {value:.3f}' for key, value in values.items())
-      line = f'{name} {done}/{total} | {text} | ETA {_duration(left)}'
+      line = ' | '.join(filter(
+          None, (f'{name} {done}/{total}', text, f'ETA {_duration(left)}')))
       if terminal and self._active:
         self._out.write(f'\r\x1b[K{line}')
         self._out.flush()

@@ -99,9 +99,13 @@ class _ById(Mapping[str, Document]):
 def write(path: str | os.PathLike[str], documents: Iterable[Document]) -> None:
   """Writes documents as rows of {id, title, text}."""
   with open(path, 'w', encoding='utf-8') as file:
-    for d in documents:
-      row = {'id': d.id, 'title': d.title, 'text': d.text}
-      file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    file.writelines(map(line, documents))
+
+
+def line(document: Document) -> str:
+  """A document as its row."""
+  row = {'id': document.id, 'title': document.title, 'text': document.text}
+  return json.dumps(row, ensure_ascii=False) + '\n'
 
 
 def read(path: str | os.PathLike[str]) -> Passages:

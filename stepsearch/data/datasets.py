@@ -12,7 +12,7 @@ become text. A source is a path, or the name of something prepared:
 from __future__ import annotations
 
 import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import itertools
@@ -176,8 +176,8 @@ def read_demonstrations(
 
 
 def check(
-    examples: Sequence[Example], corpus: Sized | None, *, turn_rewards: bool,
-    k: int
+    examples: Sequence[Example], corpus: Sequence[Document] | None, *,
+    turn_rewards: bool, k: int
 ):
   """Checks that questions, corpus and rewards can work together.
 
@@ -207,15 +207,17 @@ def check(
 
 
 def read_passages(
-    source: paths.Address, faults: formats.Faults
+    source: paths.Address, faults: formats.Faults,
+    tick: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
   """The passages of a file of any kind, one after the other.
 
   Args:
     source: a corpus, or questions with their paragraphs, which are pooled.
     faults: where malformed rows go.
+    tick: as of `formats.rows`.
   """
-  rows = formats.rows(source, faults)
+  rows = formats.rows(source, faults, tick)
   first = next(rows, None)
   if first is None:
     return
@@ -253,7 +255,7 @@ def _plain(source: paths.Address) -> bool:
   if name.endswith(('.gz', '.zip', '.parquet', '.csv', '.tsv')) or (
       '.zip/' in name):
     return False
-  with formats.opened(source) as (file, _):
+  with formats.opened(source) as (file, *_):
     line = file.readline()
   try:
     values = json.loads(line)

@@ -27,7 +27,7 @@ to a number of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import csv
 import gzip
@@ -55,6 +55,7 @@ LICENCES = {
 SUFFIXES = ('.jsonl', '.json', '.parquet', '.csv', '.tsv')
 
 _SHOWN = 20  # faults of a file
+_TICK = 512  # rows between two looks at the progress
 _CHUNK = 1 << 20  # characters read at a time from a list of objects
 _REFERENCE = re.compile(r'#(\d+)')
 _NAMED = re.compile(
@@ -222,40 +223,39 @@ def shape(row: Row) -> str:
       'and answers')
 
 
-def rows(path: paths.Address, faults: Faults) -> Iterator[Row]:
+def rows(
+    path: paths.Address, faults: Faults,
+    tick: Callable[[int], None] | None = None,
+) -> Iterator[Row]:
   """Yields the objects of a file; what is not one becomes a fault.
 
   Args:
     path: on disk or gs://; `ARCHIVE.zip/MEMBER` where an archive has several
       files of data.
     faults: where rows go that cannot be parsed.
+    tick: is told now and then how many hundredths of the file are read.
 
   Raises:
     ValueError: there is no such file, or it cannot be unpacked.
   """
-  with opened(path) as (file, name):
-    try:
-      if name.endswith('.parquet'):
-        yield from _parquet(path, file)
-      elif name.endswith(('.csv', '.tsv')):
-        yield from _table(path, file, '\t' if name.endswith('tsv') else ',')
-      else:
-        beginning = file.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')
-        read = _array if beginning.startswith(b'[') else _lines
-        yield from read(path, file, faults)
-    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as e:
-      raise ValueError(
-          f'{path} cannot be unpacked ({e}): it is damaged or incomplete; '
-          'fetch it again.') from e
-    except UnicodeDecodeError as error:
-      raise ValueError(
-          f'{path} is not text in UTF-8 ({error}): fetch it again, or convert '
-          'it.') from error
+  with opened(path) as (file, name, packed):
+    found = _rows(path, file, name, faults)
+    if tick is None:
+      yield from found
+      return
+    size = max(os.fstat(packed.fileno()).st_size, 1)
+    for number, row in enumerate(found):
+      if number % _TICK == 0:
+        tick(100 * packed.tell() // size)
+      yield row
+    tick(100)
 
 
 @contextlib.contextmanager
-def opened(path: paths.Address) -> Iterator[tuple[BinaryIO, str]]:
-  """A file's bytes, unpacked, and its name without .gz or .zip.
+def opened(
+    path: paths.Address
+) -> Iterator[tuple[BinaryIO, str, BinaryIO]]:
+  """A file's bytes, unpacked; its name without .gz or .zip; the file itself.
 
   Raises:
     ValueError: there is no such file, or an archive holds several.
@@ -263,7 +263,7 @@ def opened(path: paths.Address) -> Iterator[tuple[BinaryIO, str]]:
   archive, inside = _split(path)
   local = paths.local_copy(archive)
   with paths.explained(path), contextlib.ExitStack() as stack:
-    file = stack.enter_context(open(local, 'rb'))
+    file = packed = stack.enter_context(open(local, 'rb'))
     name = os.fspath(path)
     if archive.endswith('.zip'):
       try:
@@ -278,7 +278,7 @@ def opened(path: paths.Address) -> Iterator[tuple[BinaryIO, str]]:
       file = stack.enter_context(unpacked.open(name))
     if name.endswith('.gz'):
       file, name = gzip.open(file), name.removesuffix('.gz')
-    yield file, name
+    yield file, name, packed
 
 
 def members(archive: zipfile.ZipFile) -> list[str]:
@@ -711,6 +711,26 @@ def _release(row: Row) -> str:
       name = match[1].lower()
       return _ALIKE.get(name, name)
   return ''
+
+
+def _rows(path, file, name, faults):
+  try:
+    if name.endswith('.parquet'):
+      yield from _parquet(path, file)
+    elif name.endswith(('.csv', '.tsv')):
+      yield from _table(path, file, '\t' if name.endswith('tsv') else ',')
+    else:
+      beginning = file.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')
+      read = _array if beginning.startswith(b'[') else _lines
+      yield from read(path, file, faults)
+  except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as e:
+    raise ValueError(
+        f'{path} cannot be unpacked ({e}): it is damaged or incomplete; '
+        'fetch it again.') from e
+  except UnicodeDecodeError as error:
+    raise ValueError(
+        f'{path} is not text in UTF-8 ({error}): fetch it again, or convert '
+        'it.') from error
 
 
 def _lines(path, file, faults) -> Iterator[Row]:
