@@ -175,6 +175,26 @@ def local_copy(path: Address) -> pathlib.Path:
   return copy
 
 
+def files(folder: Address) -> list[str]:
+  """All files below a folder, sorted.
+
+  Raises:
+    ValueError: as of `explained`; there is no such folder.
+  """
+  path = Path(folder)
+  with explained(path):
+    if is_remote(path):
+      scheme = os.fspath(path).partition('://')[0]
+      found = [f'{scheme}://{name}' for name in _store(path).find(str(path))]
+    else:
+      found = [
+          str(file) for file in pathlib.Path(path).rglob('*')
+          if file.is_file()]
+    if not found and not path.is_dir():
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+  return sorted(found)
+
+
 class Mirror:
   """A local folder, for what cannot write to a store; `copy` follows it there.
 

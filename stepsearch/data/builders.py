@@ -423,13 +423,8 @@ def _listing(raw_dir) -> list[str]:
   """All files below a folder, and the data in its archives, as sources."""
   if not raw_dir:
     return []
-  root = paths.Path(raw_dir)
-  with paths.explained(root):
-    if not root.is_dir():
-      raise ValueError(f'--raw_dir={raw_dir}: there is no such folder.')
-    files = sorted(str(path) for path in root.rglob('*'))
   listed = []
-  for path in files:
+  for path in paths.files(raw_dir):
     listed.append(path)
     if path.endswith('.zip'):
       try:
