@@ -605,6 +605,14 @@ def _model(config, tokens, layouts, pretrained) -> qwen.Config:
           f'= {layout.axes(rule)!r} on the mesh {dict(layout.mesh.shape)}. '
           f'Choose axes of config.mesh whose sizes divide it, at most '
           f'{math.gcd(sizes[name], layout.mesh.size)} in all.')
+    parts = layout.size('heads')
+    config_lib.require(
+        sizes['attention'] == 'plain' or sizes['kv_heads'] % parts == 0,
+        'model.attention', sizes['attention'],
+        f'its kernel splits heads of keys as those of queries, and '
+        f'{sizes["kv_heads"]} cannot be split into {parts} parts: '
+        f'config.sharding.{kind}.heads = {layout.axes("heads")!r} on the mesh '
+        f'{dict(layout.mesh.shape)}. Split them less, or use plain.')
   adapters = lora.Config(**config.lora.to_dict())
   return qwen.Config(**sizes | dict(lora=adapters if adapters.rank else None))
 

@@ -48,6 +48,23 @@ class Recorder:
     return self._function(*args)
 
 
+def test_kernels_split_both_kinds_of_heads_alike(monkeypatch):
+  monkeypatch.setattr(
+      assembly.attention, 'resolve', lambda kind, *_, **__: kind)
+  options = [
+      *MICRO, 'mesh=(2, 1, 4)', 'model.vocab_size=64', 'model.heads=4',
+      'model.kv_heads=2', 'sharding.update.kv_heads=()',
+      'sharding.decode.kv_heads=()']
+  load = lambda *more: config_lib.load(
+      f'{_ROOT}/configs/tiny.py', [*options, *more])
+  assembly.machinery(load('model.attention=plain'))
+  with pytest.raises(ValueError, match='config.model.attention.*2 cannot be '
+                     'split into 4 parts: config.sharding.update.heads'):
+    assembly.machinery(load('model.attention=splash'))
+  assembly.machinery(load('model.attention=splash', 'mesh=(4, 1, 2)',
+                           'ppo.microbatch_size=4'))
+
+
 @pytest.mark.parametrize('options', [
     (), ('lora.rank=2', 'offload=optimizer,reference')])
 def test_training_runs_what_is_compiled(options, tmp_path, monkeypatch):
