@@ -5,6 +5,8 @@
 The checkpoint is the workdir of a run, or a Hugging Face folder: a pretrained
 model, or what `export` wrote. Writes DIR/eval.json (means, by dataset and by
 hops) and DIR/transcripts.jsonl.
+
+`python -m stepsearch.evaluate retrieval` measures search engines alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ml_collections
 from stepsearch import assembly
 from stepsearch import config as config_lib
 from stepsearch import distributed
+from stepsearch import evaluate_retrieval
 from stepsearch import evaluation
 from stepsearch import metrics
 from stepsearch import paths
@@ -86,26 +89,32 @@ def evaluate(
   return results
 
 
-if __name__ == '__main__':
+def _play(argv):
+  """The command without a name: its flags, then `evaluate`."""
   from absl import flags
 
-  _CHECKPOINT = flags.DEFINE_string(
+  checkpoint = flags.DEFINE_string(
       'checkpoint', None,
       'Workdir of the training run, or a Hugging Face folder.',
       required=True)
-  _OUTPUT = flags.DEFINE_string(
+  output = flags.DEFINE_string(
       'output', None, 'Where eval.json and transcripts.jsonl go.',
       required=True)
-  _STEP = flags.DEFINE_integer(
+  step = flags.DEFINE_integer(
       'step', None, 'Step of the checkpoint; the newest by default.')
-  _SAMPLED = flags.DEFINE_bool(
+  sampled = flags.DEFINE_bool(
       'sampled', False, 'Sample at rollout.temperature instead of greedy.')
-  _JOINED = distributed.define_flags()
+  joined = distributed.define_flags()
 
-  def _main(config):
-    with _JOINED():
+  def main(config):
+    with joined():
       evaluate(
-          config, _CHECKPOINT.value, _OUTPUT.value, _STEP.value,
-          sampled=_SAMPLED.value)
+          config, checkpoint.value, output.value, step.value,
+          sampled=sampled.value)
 
-  config_lib.main(_main)
+  config_lib.main(main, argv=argv)
+
+
+if __name__ == '__main__':
+  config_lib.commands(
+      {'retrieval': evaluate_retrieval.command}, otherwise=_play)

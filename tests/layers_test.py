@@ -9,7 +9,7 @@
        client; below all, paths and rendezvous
 
 Downward only. Inside a layer, only siblings of one package see each other, and
-entry points may read `assembly`, `config` and `report`.
+entry points may read `assembly`, `config` and `report`, and a command's module.
 """
 
 import ast
@@ -30,7 +30,7 @@ _LAYERS = {
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,
     'evaluation': 3, 'warmup': 3,
 }
-_SHARED_ENTRY = {'assembly', 'config', 'report'}
+_SHARED_ENTRY = {'assembly', 'config', 'report', 'evaluate_retrieval'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import functools
 import json
+import logging
 import sys
 from typing import Any
 
@@ -238,4 +239,5 @@ def _bm25s():
         del sys.modules[name]
       else:
         sys.modules[name] = module
+  logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s
