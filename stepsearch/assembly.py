@@ -169,7 +169,7 @@ class Checkpoint:
       return build(
           config, self.root, training=False,
           card=card if card.is_dir() else None, **options)
-    config = ml_collections.ConfigDict(config)
+    config = config.copy_and_resolve_references()
     config.model.pretrained = str(self.root)
     return build(config, workdir, training=False, **options)
 
@@ -249,9 +249,11 @@ def build(
       _retriever(config, corpus, workdir, say, gold),
       functools.partial(distributed.exchange, channel='search'),
       distributed.index(), distributed.count())
-  say((f'{len(corpus):,} passages, ' if corpus else '')
-      + f'{len(train):,} training and {len(held_out):,} held-out questions, '
-      f'{tokenizer.vocab_size:,} tokens')
+  counts = [f'{len(corpus):,} passages'] if corpus else []
+  if questions:
+    counts += [f'{len(train):,} training and {len(held_out):,} held-out '
+               'questions']
+  say(', '.join([*counts, f'{tokenizer.vocab_size:,} tokens']))
   return Parts(
       config=config, update=update, decode=decode, tokenizer=tokenizer,
       protocol=protocol,

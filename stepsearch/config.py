@@ -35,6 +35,7 @@ import ml_collections
 
 from stepsearch import paths
 
+_STORED = 'config.json'  # in a workdir
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FILE_ERRORS = (
     FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -70,10 +71,37 @@ def load(
     config = module.get_config(arg)
   except ValueError as error:
     raise ValueError(f'--config={path_with_arg}: {error}') from error
-  for override in overrides:
-    name, _, text = override.partition('=')
-    _override(config, name, text)
-  return config.lock()
+  return _overridden(config, overrides)
+
+
+def stored(
+    workdir: paths.Address, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """The config that a run was started with, overridden as by `load`.
+
+  Args:
+    workdir: of the run.
+    overrides: as of `load`.
+
+  Raises:
+    ValueError: there is no config.json, or it is not what `write` writes.
+  """
+  path = paths.Path(workdir) / _STORED
+
+  def tuples(value):
+    if isinstance(value, list):
+      return tuple(map(tuples, value))
+    if isinstance(value, dict):
+      return {key: tuples(item) for key, item in value.items()}
+    return value
+
+  with paths.explained(path):
+    text = path.read_text()
+  try:
+    return _overridden(
+        ml_collections.ConfigDict(tuples(json.loads(text))), overrides)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON ({error}): restore it.') from error
 
 
 def load_file(path_with_arg: str) -> tuple[types.ModuleType, str]:
@@ -128,6 +156,7 @@ def main(
     *,
     takes_config: bool = True,
     config_required: bool = True,
+    otherwise: Callable[[Sequence[str]], Any] | None = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
   """Runs an entry point: flags, config, then `run(config)`; exits.
@@ -140,13 +169,15 @@ def main(
     run: `run(config)`, or `run()` without `takes_config`.
     takes_config: define `--config` and accept `--config.a.b=value`.
     config_required: refuse to start without it; else `run(None)`.
+    otherwise: where no --config is given, overrides -> the config, such as
+      `stored` makes; `config_required` then says nothing.
     argv: the command line, `sys.argv` by default.
   """
   if takes_config:
     flags.DEFINE_string(
         'config', None, 'Config file, PATH.py[:variant]; any leaf of it is '
         'overridden by --config.section.leaf=value.',
-        required=config_required)
+        required=config_required and otherwise is None)
   overrides = []
 
   def parse(argv):
@@ -169,6 +200,9 @@ def main(
             f'unexpected argument {argv[1]!r}: every argument is a flag, '
             '--name=value.')
       if takes_config and flags.FLAGS.config is None:
+        if otherwise is not None:
+          run(otherwise(overrides))
+          return
         if overrides:
           raise ValueError(
               f'--config.{overrides[0]} changes a config, but --config names '
@@ -181,7 +215,7 @@ def main(
     except KeyboardInterrupt:
       sys.exit(130)  # as a shell reports it
     except Exception as error:  # pylint: disable=broad-except
-      if not _is_users(error):
+      if not is_users(error):
         raise
       _exit(error)
 
@@ -214,6 +248,24 @@ def commands(
         f'the first argument names what to do: {", ".join(table)}. '
         f'`{pathlib.Path(program).name} NAME --help` shows its flags.'))
   otherwise([program, *rest])
+
+
+def is_users(error: Exception) -> bool:
+  """Whether the user, rather than a programmer, can do something about it."""
+  if isinstance(error, OSError):
+    return isinstance(error, _FILE_ERRORS) or error.errno in _FULL_DISK
+  if not isinstance(error, (ValueError, FloatingPointError)):
+    return False
+  traceback = error.__traceback__
+  while traceback.tb_next:
+    traceback = traceback.tb_next
+  # The innermost frame may be ours because a library hides its own (jax does)
+  # or is written in C, hence the look at the statement.
+  filename = traceback.tb_frame.f_code.co_filename
+  statement = linecache.getline(filename, traceback.tb_lineno).strip()
+  package = pathlib.Path(__file__).resolve().parent
+  return (package in pathlib.Path(filename).resolve().parents
+          and statement.startswith('raise'))
 
 
 def require(condition: Any, field: str, value: Any, advice: str) -> None:
@@ -300,7 +352,7 @@ def write(
   Raises:
     ValueError: a leaf differs; names it, the stored and the new value.
   """
-  path = paths.Path(workdir) / 'config.json'
+  path = paths.Path(workdir) / _STORED
   text = to_json(config)
   if path.exists():
     try:
@@ -322,6 +374,15 @@ def write(
             f'with {before} (its config.json): pass the old value to resume '
             'that run, or choose another --workdir for a new one.')
   paths.write(path, text)
+
+
+def _overridden(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+  for override in overrides:
+    name, _, text = override.partition('=')
+    _override(config, name, text)
+  return config.lock()
 
 
 def _override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
@@ -412,24 +473,6 @@ def _did_you_mean(name: Any, options: Sequence[Any], prefix: str = '') -> str:
   if nearest is None or likeness(nearest)[0] < 0.5:
     return '.'
   return f'; did you mean {prefix}{nearest}?'
-
-
-def _is_users(error: Exception) -> bool:
-  """Whether the user, rather than a programmer, can do something about it."""
-  if isinstance(error, OSError):
-    return isinstance(error, _FILE_ERRORS) or error.errno in _FULL_DISK
-  if not isinstance(error, (ValueError, FloatingPointError)):
-    return False
-  traceback = error.__traceback__
-  while traceback.tb_next:
-    traceback = traceback.tb_next
-  # The innermost frame may be ours because a library hides its own (jax does)
-  # or is written in C, hence the look at the statement.
-  filename = traceback.tb_frame.f_code.co_filename
-  statement = linecache.getline(filename, traceback.tb_lineno).strip()
-  package = pathlib.Path(__file__).resolve().parent
-  return (package in pathlib.Path(filename).resolve().parents
-          and statement.startswith('raise'))
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -262,6 +262,40 @@ def split_transcript(text: str) -> list[str]:
   return turns if turns[-1].strip() else turns[:-1]
 
 
+def spans(text: str, *, growing: bool = False) -> list[tuple[str, str]]:
+  """Splits the policy's words of one turn at its tags, for people to read.
+
+  A span of a text that grows may grow, and others may follow it; nothing that
+  was told changes.
+
+  Args:
+    text: one turn.
+    growing: more may follow: the end is left out if it may become a tag, or is
+      part of a character.
+
+  Returns:
+    (kind, words), words not empty: of think, search, answer and information by
+    the tag that opened them, of '' outside of them. A tag that opens ends what
+    is open; a closing tag that closes nothing is a word.
+  """
+  if growing:
+    text = text.rstrip('\ufffd')
+    begun = max(text.rfind('<'), 0)
+    if any(tag != text[begun:] and tag.startswith(text[begun:])
+           for tag in TAGS):
+      text = text[:begun]
+  found = [('', '')]
+  for piece in re.split(f'({_TAG.pattern})', text):
+    kind, words = found[-1]
+    if piece in TAGS and '/' not in piece:
+      found.append((piece[1:-1], ''))
+    elif piece == f'</{kind}>':
+      found.append(('', ''))
+    else:
+      found[-1] = (kind, words + piece)
+  return [span for span in found if span[1]]
+
+
 def search_turn(thought: str, query: str) -> str:
   """A well-formed turn that searches, as demonstrations write it."""
   return f'{THINK}{thought}{THINK_END}{SEARCH_OPEN}{query}{SEARCH_END}'

@@ -144,6 +144,27 @@ def test_resume_compares_leaf_by_leaf(path, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ['config.json', 'tiny.py']
 
 
+def test_a_run_s_config_comes_back(path, tmp_path):
+  config = config_lib.load(str(path), ['rl.epochs=3'])
+  config_lib.write(config, tmp_path)
+  assert config_lib.to_json(config_lib.stored(tmp_path)) == (
+      config_lib.to_json(config))
+  root = pathlib.Path(__file__).parents[1]
+  for default in (root / 'configs').glob('*.py'):
+    config = config_lib.load(str(default))
+    config_lib.write(config, tmp_path / default.stem)
+    again = config_lib.stored(tmp_path / default.stem)
+    assert again.to_dict() == config.to_dict() and again.is_locked
+  assert config_lib.stored(tmp_path, ['rl.epochs=4']).rl.epochs == 4
+  with pytest.raises(ValueError, match='no such field'):
+    config_lib.stored(tmp_path, ['rl.epoch=4'])
+  with pytest.raises(ValueError, match='no/config.json'):
+    config_lib.stored(tmp_path / 'no')
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='config.json is not JSON'):
+    config_lib.stored(tmp_path)
+
+
 def test_check_workdir(tmp_path):
   workdir = config_lib.check_workdir(str(tmp_path / 'a' / 'b'))
   assert workdir.is_dir() and not list(workdir.iterdir())

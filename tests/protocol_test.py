@@ -97,6 +97,33 @@ def test_answer(text, expected):
   assert protocol.answer(text) == expected
 
 
+@pytest.mark.parametrize(('text', 'spans'), [
+    ('<think>t</think>\n<search>q</search>',
+     [('think', 't'), ('', '\n'), ('search', 'q')]),
+    ('well <answer> a </answer> ',
+     [('', 'well '), ('answer', ' a '), ('', ' ')]),
+    ('<search></search>', []),
+    ('<think>a<search>q</think></search>',
+     [('think', 'a'), ('search', 'q</think>')]),
+    ('x</search><information>Doc',
+     [('', 'x</search>'), ('information', 'Doc')]),
+    ('a < b <thin', [('', 'a < b <thin')]),
+    ('', []),
+])
+def test_spans_of_a_turn_for_people(text, spans):
+  assert protocol.spans(text) == spans
+  # While it grows, what was told stays, and no part of a tag is told.
+  before = []
+  for end in range(len(text) + 1):
+    now = protocol.spans(text[:end], growing=True)
+    for (kind, words), (later, more) in zip(before, now):
+      assert kind == later and more.startswith(words)
+    assert len(now) >= len(before)
+    assert not any(words.endswith(('<', '</', '<thin')) for _, words in now)
+    before = now
+  assert protocol.spans('caf\ufffd', growing=True) == [('', 'caf')]
+
+
 # ── format_ok ────────────────────────────────────────────────────────────────
 
 

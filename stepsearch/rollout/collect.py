@@ -59,6 +59,7 @@ _FEED = {'cpu': 512}
 _FEED_ELSEWHERE = 8192
 _WORTH_SHARING = 16  # tokens
 _FEWEST = 8  # slots of a shard
+_ONE = 256  # tokens that a prompt is padded to where it is the only one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +281,13 @@ class _Play:
     self._fewer = [
         n for part in (4, 3, 2, 1.5, 1)
         if (n := int(self._local * part / 8)) >= _FEWEST]
-    self._widths = c._shapes.observations
+    self._starts, self._widths = c._shapes.prompts, c._shapes.observations
+    self._size = c._shapes.cache[0]
+    if len(prompts) == 1:
+      # Somebody waits: a question that follows should compile nothing.
+      self._starts = tuple(
+          w for w in self._starts if w >= min(_ONE, self._starts[-1]))
+      self._widths, self._size = self._widths[-1:], c._shapes.cache[-1]
     self._decoding = dict(
         table=c._table, key=key, temperature=config.temperature,
         steps=config.chunk, greedy=greedy)
@@ -308,7 +315,6 @@ class _Play:
     start = time.perf_counter()
     self._params = jax.block_until_ready(self._sampler.weights(params))
     self._weights_time = time.perf_counter() - start
-    self._size = c._shapes.cache[0]
     self._state = self._sampler.empty(self._size)
     self._prefix = None
     if len(c._prefix):
@@ -362,7 +368,7 @@ class _Play:
       self._run(episode)
     for rows in self._calls(copies, (1,)):
       self._state = self._sampler.fork(self._state, rows)
-    for rows in self._calls(starts, self._c._shapes.prompts):
+    for rows in self._calls(starts, self._starts):
       self._state = self._sampler.start(
           self._params, self._state, rows, self._prefix)
     for rows in self._calls(copies_of_starts, (1,)):
