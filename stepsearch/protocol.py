@@ -7,11 +7,14 @@ policy writes, from where it is given the word to the first completed
 '</search>' or '</answer>' (or end of sequence, or its budget); an *observation*
 is what the environment writes back. Text is only ever parsed one turn at a
 time, so that what the environment wrote cannot be taken for the policy's words.
+
+Training speaks one protocol. Baselines and other agents speak others, of which
+a `Protocol` tells what differs (`methods` has them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 from typing import Any, ClassVar, Literal
@@ -48,6 +51,9 @@ For example, asked for the capital of the country where Mount Elgon lies:
 Question: {question}
 """
 
+# What a chain of thought says before its answer.
+CONCLUSION = 'answer is'
+
 # The closed world's words all carry their leading space (`from_words`).
 SHORT_INSTRUCTION = ' {question}\n'
 SHORT_WORDS = ('answer', 'now', 'invalid')
@@ -57,6 +63,8 @@ _CACHE_SIZE = 65_536
 
 _TAG = re.compile('|'.join(re.escape(tag) for tag in TAGS))
 _ANSWER = re.compile(r'<answer>((?:(?!<answer>).)*?)</answer>', re.DOTALL)
+_CONCLUSION = re.compile(re.escape(CONCLUSION), re.IGNORECASE)
+_BOXED = '\\boxed{'
 _ANSWERED_SEARCH = re.compile(
     r'(?<=</search>)\s*<information>.*?</information>\s*', re.DOTALL
 )
@@ -70,7 +78,9 @@ class Protocol:
   between the policy's turns, where a tag would be taken for the policy's.
   """
 
-  instruction: str = INSTRUCTION  # the prompt, with '{question}'
+  # The prompt, with '{question}'; with '{documents}' too, the question is
+  # searched for once, and what is found is in the prompt.
+  instruction: str = INSTRUCTION
   information_open: str = '\n\n<information>'  # before the documents
   information_close: str = '</information>\n\n'  # after them
   document: str = 'Doc {i}(Title: {title}) {text}'  # {i} from 1, {text} last
@@ -84,13 +94,22 @@ class Protocol:
       'No searches are left. Think, then give the final answer in answer '
       'tags.\n\n'
   )  # closes the observation before the forced last turn
+  # What surrounds a query; ('', end): all up to `end` is one; None: the policy
+  # cannot search, and its first turn is its last.
+  query: tuple[str, str] | None = (SEARCH_OPEN, SEARCH_END)
+  # Where the final turn has the answer: between its tags; what follows
+  # `CONCLUSION`, or the last line; the first line; in \boxed{}.
+  answers: Literal['tags', 'conclusion', 'line', 'boxed'] = 'tags'
+  thinks: bool = True  # the format asks for what `format_ok` asks for
+  chat: str = ''  # auto | on | off, instead of config.rollout.chat
 
   def __post_init__(self):
-    for name, part in (
-        ('instruction', '{question}'),
-        ('information_open', INFORMATION),
-        ('information_close', INFORMATION_END),
-    ):
+    required = {'instruction': '{question}'}
+    if self.query == (SEARCH_OPEN, SEARCH_END):
+      required |= {
+          'information_open': INFORMATION, 'information_close': INFORMATION_END
+      }  # fmt: skip
+    for name, part in required.items():
       if part not in getattr(self, name):
         raise ValueError(
             f'protocol.{name} is {getattr(self, name)!r} and must contain '
@@ -120,6 +139,71 @@ class Protocol:
         warning=' invalid',
         last_turn=' answer now',
     )
+
+  @property
+  def retrieves_first(self) -> bool:
+    """Whether documents for the question stand in the prompt."""
+    return '{documents}' in self.instruction
+
+  @property
+  def stops(self) -> dict[str, int]:
+    """What ends a turn, and the state that says so, for `stop_table`."""
+    stops = {} if self.query is None else {self.query[1]: SEARCH}
+    ends = {'tags': ANSWER_END, 'line': '\n'}
+    if self.answers in ends:
+      stops[ends[self.answers]] = ANSWER
+    return stops
+
+  def parse(self, text: str) -> Action:
+    """Reads the action off one turn of the policy, as `protocol.parse`."""
+    if self.query == (SEARCH_OPEN, SEARCH_END):
+      return parse(text)
+    if self.query is None:
+      return Action('none')
+    opening, closing = self.query
+    if self.answers == 'conclusion' and CONCLUSION in text.lower():
+      return Action('answer', self.prediction(text) or '')
+    text = text.strip()
+    if not opening:  # also where the budget was spent within the query
+      return Action('search', text) if text else Action('none')
+    before, opened, query = text.removesuffix(closing).rpartition(opening)
+    if not (opened and text.endswith(closing)):
+      return Action('none')
+    return Action('search', query.strip())
+
+  def prediction(self, text: str) -> str | None:
+    """The answer that a final turn gives, stripped; None without one.
+
+    Args:
+      text: the policy's own words of its final turn, without its end of
+        sequence.
+    """
+    if self.answers == 'tags':
+      return answer(text)
+    if self.answers == 'boxed':
+      return _boxed(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if self.answers == 'line':
+      return lines[0] if lines else None
+    _, *concluded = _CONCLUSION.split(text)
+    if concluded and concluded[-1].strip():
+      return concluded[-1].strip().splitlines()[0].strip(' :."*')
+    return lines[-1] if lines else None
+
+  def keeps_format(self, turn_texts: Sequence[str]) -> bool:
+    """Whether an episode is what the instruction asks for.
+
+    By `format_ok` where it asks for thoughts; else every turn but the final one
+    has to search, and the final one to answer.
+
+    Args:
+      turn_texts: as of `format_ok`.
+    """
+    if self.thinks:
+      return format_ok(turn_texts)
+    *searches, final = turn_texts or ['']
+    return self.prediction(final) is not None and all(
+        self.parse(text).kind == 'search' for text in searches)
 
   def document_text(self, i: int, document: Document) -> str:
     """Document number `i` (from 1) as the policy reads it."""
@@ -205,6 +289,21 @@ def answer(text: str) -> str | None:
   """
   answers = _ANSWER.findall(text)
   return answers[-1].strip() if answers else None
+
+
+def _boxed(text: str) -> str | None:
+  """The stripped content of the last \\boxed{}, its braces balanced."""
+  found, start = None, text.find(_BOXED)
+  while start >= 0:
+    start += len(_BOXED)
+    depth, end = 1, start
+    while depth and end < len(text):
+      depth += {'{': 1, '}': -1}.get(text[end], 0)
+      end += 1
+    if not depth:
+      found = text[start : end - 1].strip()
+    start = text.find(_BOXED, start)
+  return found
 
 
 def format_ok(turn_texts: Sequence[str]) -> bool:
@@ -368,6 +467,27 @@ def observation_tokens(
   return np.concatenate([*pieces, closing]).tolist(), tuple(shown)
 
 
+def prompt_documents(
+    protocol: Protocol,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    budget: int,
+    *,
+    cache: dict[str, np.ndarray],
+) -> tuple[str, tuple[Document, ...]]:
+  """What stands for '{documents}' in a prompt, cut as an observation is.
+
+  Arguments and errors are those of `observation_tokens`.
+
+  Returns:
+    the text, and the documents that it shows.
+  """
+  _, shown = observation_tokens(
+      protocol, tokenizer, documents, budget, last_turn=False, cache=cache)
+  texts = [protocol.document_text(i, d) for i, d in enumerate(shown, start=1)]
+  return protocol.separator.join(texts), shown
+
+
 def warning_tokens(
     protocol: Protocol,
     tokenizer: Any,
@@ -430,6 +550,8 @@ def _require(fits: bool, budget: int, needed: int) -> None:
 # ── When a turn is over ──────────────────────────────────────────────────────
 
 START, SEARCH, ANSWER = 0, 1, 2
+_STOPS = {SEARCH_END: SEARCH, ANSWER_END: ANSWER}
+_STATES = 1 + sum(map(len, _STOPS)) - 2  # '</' begins both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,7 +577,8 @@ class StopTable:
 
 
 def stop_table(
-    byte_strings: Sequence[bytes], vocab_size: int | None = None
+    byte_strings: Sequence[bytes], vocab_size: int | None = None,
+    stops: Mapping[str, int] = _STOPS,
 ) -> StopTable:
   """Lifts the byte automaton of '</search>' and '</answer>' to tokens.
 
@@ -463,9 +586,13 @@ def stop_table(
     byte_strings: the bytes of each token (`Tokenizer.byte_strings`).
     vocab_size: width of the table, if the model has more rows than the
       tokenizer has tokens; the rest are empty tokens, which change no state.
+    stops: other texts that end a turn, and SEARCH or ANSWER of each. One that
+      begins with a space or a new line does not count at the beginning of a
+      turn, where nothing has been written yet.
 
   Returns:
-    The table, int8.
+    The table, int8. Those of few states are filled up to as many as the tags
+    have, so that a sampler compiles once.
 
   Raises:
     ValueError: `vocab_size` is smaller than the tokenizer's.
@@ -476,9 +603,7 @@ def stop_table(
         f'vocab_size is {width}, but the tokenizer has {len(byte_strings)} '
         'tokens: a model needs a row for every token.'
     )
-  step = _byte_automaton({
-      SEARCH_END.encode(): SEARCH, ANSWER_END.encode(): ANSWER,
-  })  # fmt: skip
+  step = _byte_automaton({text.encode(): code for text, code in stops.items()})
   # Longest first: the tokens that have a byte at `position` are a prefix.
   lengths = np.fromiter(map(len, byte_strings), np.int64, len(byte_strings))
   order = np.argsort(-lengths, kind='stable')
@@ -496,26 +621,33 @@ def stop_table(
   return StopTable(next_state)
 
 
-def _byte_automaton(patterns: dict[bytes, int]) -> np.ndarray:
+def _byte_automaton(patterns: Mapping[bytes, int]) -> np.ndarray:
   """Aho-Corasick over bytes: [states, 256] int8, accepting states absorbing.
 
-  Built from its definition: after any bytes, the state is the longest suffix of
-  them that is a prefix of a pattern.
+  Built from its definition: after any bytes, the state is that of a pattern
+  that they end with, or else the longest suffix of them that is a prefix of
+  one. Whitespace before anything else leads nowhere.
   """
-  prefixes = {b'': START, **patterns}
+  prefixes = {b'': START}
   for pattern in patterns:
     for end in range(1, len(pattern)):
-      prefixes.setdefault(pattern[:end], len(prefixes))
-  step = np.zeros((len(prefixes), 256), np.int8)
-  for prefix, state in prefixes.items():
+      prefixes.setdefault(pattern[:end], 2 + len(prefixes))
+  blank = any(pattern[:1].isspace() for pattern in patterns)
+  begun = 2 + len(prefixes) if blank else START  # nothing is pending
+  size = 2 + len(prefixes) + blank
+  step = np.arange(max(size, _STATES), dtype=np.int8)[:, None].repeat(256, 1)
+  for prefix, state in (*prefixes.items(), *([(b'', begun)] * blank)):
     for byte in range(256):
-      if prefix in patterns:
-        step[state, byte] = state
-        continue
       suffix = prefix + bytes([byte])
-      while suffix not in prefixes:
+      if blank and state == START and suffix.isspace():
+        continue
+      while suffix not in patterns and suffix not in prefixes:
         suffix = suffix[1:]
-      step[state, byte] = prefixes[suffix]
+      completed = [
+          code for pattern, code in patterns.items()
+          if (prefix + bytes([byte])).endswith(pattern)]
+      step[state, byte] = completed[0] if completed else (
+          prefixes[suffix] if suffix else begun)
   return step
 
 

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import os
+import re
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -171,19 +172,30 @@ class Collector:
     self._model = model
     self._shapes = Shapes.of(config, model, layout)
     table = protocol_lib.stop_table(
-        tokenizer.byte_strings, model.vocab_size).next_state
+        tokenizer.byte_strings, model.vocab_size, protocol.stops).next_state
     self._table = sharding.put(table, layout.replicated)
     self._cache: dict[str, np.ndarray] = {}
     self._prefix = np.zeros([0], np.int32)
 
-  def prompt(self, question: str) -> list[int]:
+  def prompt(self, question: str, documents: str = '') -> list[int]:
     """Prompt tokens of a question.
+
+    Args:
+      question: the question.
+      documents: the text that stands for '{documents}' in the instruction.
 
     Raises:
       ValueError: they do not fit `config.rollout.prompt_length`.
     """
+    instruction = self._protocol.instruction
+    if self._protocol.retrieves_first:
+      # In one pass, for passages may spell anything.
+      fields = {'{question}': question.strip(), '{documents}': documents}
+      question, instruction = re.sub(
+          r'\{question\}|\{documents\}', lambda found: fields[found[0]],
+          instruction), '{question}'
     ids = self._tokenizer.prompt(
-        question, self._protocol.instruction, self.config.chat)
+        question, instruction, self._protocol.chat or self.config.chat)
     if len(ids) > self.config.prompt_length:
       raise ValueError(
           f'config.rollout.prompt_length = {self.config.prompt_length}, but '
@@ -205,6 +217,16 @@ class Collector:
     shared = None
     for question in questions:
       prompt = self.prompt(question)
+      needed = len(prompt)
+      if self._protocol.retrieves_first:
+        needed += self.config.observation_length
+      if needed > self.config.prompt_length:
+        raise ValueError(
+            f'config.rollout.prompt_length = {self.config.prompt_length}: the '
+            f'question {question!r} and the documents that its prompt may hold '
+            f'(config.rollout.observation_length = '
+            f'{self.config.observation_length}) take {needed} tokens: raise '
+            'the one, or lower the other.')
       shared = prompt if shared is None else os.path.commonprefix(
           [shared, prompt])
     if shared is not None and len(shared) >= _WORTH_SHARING:
@@ -214,6 +236,7 @@ class Collector:
       self, params: Any, examples: Sequence[types.Example], key: jax.Array, *,
       first_episode: int = 0, greedy: bool = False,
       on_turn: Callable[[int, types.Turn], None] | None = None,
+      on_end: Callable[[int, types.Transcript, Tokens], None] | None = None,
   ) -> tuple[types.Trajectory, list[types.Transcript]]:
     """Plays one episode per example.
 
@@ -226,14 +249,15 @@ class Collector:
       on_turn: called with the number of an example and its newest turn as far
         as it is known: after each chunk with the text so far (which may end
         within a character), once with the query, once with the documents.
+      on_end: called with the number of an example once its episode has ended.
 
     Returns:
       the arrays [N, T] and the texts, both in the order of the examples.
       `metrics` then holds figures of this call.
     """
-    prompts = [self.prompt(example.question) for example in examples]
+    episodes = self._episodes([example.question for example in examples])
     play = _Play(
-        self, params, prompts, key, first_episode, greedy, on_turn)
+        self, params, episodes, key, first_episode, greedy, on_turn, on_end)
     while play.unfinished:
       play.admit()
       play.answer()
@@ -244,12 +268,40 @@ class Collector:
     self.metrics = play.metrics()
     return play.trajectory(), play.transcripts()
 
+  def _episodes(self, questions) -> list[_Episode]:
+    """Episodes at their beginning, with what is found for it."""
+    protocol = self._protocol
+    forced = protocol.query is None
+    if not protocol.retrieves_first:
+      return [
+          _Episode(self.prompt(question), last=forced)
+          for question in questions]
+    episodes = []
+    for question, found in zip(
+        questions, self._search(questions, self.config.k)):
+      text, shown = protocol_lib.prompt_documents(
+          protocol, self._tokenizer, found, self.config.observation_length,
+          cache=self._cache)
+      episodes.append(_Episode(
+          self.prompt(question, text), last=forced, turn_ends=[-1],
+          turns=[types.Turn('', question, shown)]))
+    return episodes
+
+
+class Tokens(NamedTuple):
+  """Tokens of an episode."""
+
+  prompt: int
+  sampled: int
+  observed: int
+
 
 @dataclasses.dataclass
 class _Episode:
   """What the host knows of an episode."""
 
   prompt: list[int]
+  sampled: int = 0  # tokens
   slot: int = -1
   length: int = 0  # tokens so far
   limit: int = 0  # length at which the turn's budget is spent
@@ -270,12 +322,13 @@ class _Play:
   """
 
   def __init__(
-      self, collector, params, prompts, key, first_episode, greedy, on_turn):
+      self, collector, params, episodes, key, first_episode, greedy, on_turn,
+      on_end):
     c = self._c = collector
-    self._on_turn = on_turn
+    self._on_turn, self._on_end = on_turn, on_end
     config = self._config = c.config
     self._sampler = sampler(
-        config, c._model, c._layout, len(prompts), c._tokenizer.eos_ids)
+        config, c._model, c._layout, len(episodes), c._tokenizer.eos_ids)
     count = self._sampler.slots
     self._local = count // self._sampler.shards  # slots of a shard
     self._fewer = [
@@ -283,7 +336,7 @@ class _Play:
         if (n := int(self._local * part / 8)) >= _FEWEST]
     self._starts, self._widths = c._shapes.prompts, c._shapes.observations
     self._size = c._shapes.cache[0]
-    if len(prompts) == 1:
+    if len(episodes) == 1:
       # Somebody waits: a question that follows should compile nothing.
       self._starts = tuple(
           w for w in self._starts if w >= min(_ONE, self._starts[-1]))
@@ -292,12 +345,13 @@ class _Play:
         table=c._table, key=key, temperature=config.temperature,
         steps=config.chunk, greedy=greedy)
     self._first = first_episode
-    self._episodes = [_Episode(prompt) for prompt in prompts]
-    self._queue = collections.deque(range(len(prompts)))
+    self._episodes = episodes
+    self._queue = collections.deque(range(len(episodes)))
     self._slots: list[int | None] = [None] * count
     numbers: dict[tuple[int, ...], int] = {}
     self._prompt = [  # equal for equal prompts
-        numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+        numbers.setdefault(tuple(episode.prompt), len(numbers))
+        for episode in episodes]
     self._held = [-1] * count  # prompts in the cache
     self._left = [1] * count  # tokens of the episode that has left a slot
     self._due: collections.deque = collections.deque()
@@ -305,9 +359,9 @@ class _Play:
     self._tick = 0
     width = c._shapes.length
     self._tokens = np.full(
-        (len(prompts), width), c._tokenizer.pad_id, np.int32)
-    self._logprobs = np.zeros((len(prompts), width), np.float32)
-    self._loss_mask = np.zeros((len(prompts), width), np.float32)
+        (len(episodes), width), c._tokenizer.pad_id, np.int32)
+    self._logprobs = np.zeros((len(episodes), width), np.float32)
+    self._loss_mask = np.zeros((len(episodes), width), np.float32)
 
     self._useful = self._paid = self._saved = 0
     self._retrieval = self._idle = 0.0
@@ -473,6 +527,7 @@ class _Play:
       self._logprobs[number, written] = chunk.logprobs[slot, :count]
       self._loss_mask[number, written] = 1.0
       episode.length += int(count)
+      episode.sampled += int(count)
       if self._on_turn:
         self._on_turn(number, types.Turn(self._c._tokenizer.decode(
             self._tokens[number, episode.start:episode.length])))
@@ -490,16 +545,19 @@ class _Play:
       episode = self._episodes[number]
       text = self._c._tokenizer.decode(
           self._tokens[number, episode.start:episode.length])
-      action = protocol_lib.parse(text)
-      query = None
-      if stop == sampler_lib.SEARCH and action.kind == 'search':
-        query = action.content
+      action = self._c._protocol.parse(text)
+      query = action.content if action.kind == 'search' else None
       episode.turn_ends.append(
           episode.length - 1 if stop == sampler_lib.SEARCH else -1)
-      if episode.last or stop in (sampler_lib.ANSWER, sampler_lib.EOS):
+      if (episode.last or action.kind == 'answer'
+          or stop in (sampler_lib.ANSWER, sampler_lib.EOS)):
         episode.turns.append(types.Turn(text))
         self._slots[episode.slot] = None
         self._left[episode.slot] = episode.length
+        if self._on_end:
+          observed = episode.length - len(episode.prompt) - episode.sampled
+          self._on_end(number, self._transcript(episode), Tokens(
+              len(episode.prompt), episode.sampled, observed))
       else:
         turns.append((number, types.Turn(text, query)))
         if self._on_turn:
@@ -659,10 +717,11 @@ class _Play:
 
   def transcripts(self) -> list[types.Transcript]:
     """The texts."""
-    return [
-        types.Transcript(
-            self._c._tokenizer.decode(episode.prompt), tuple(episode.turns))
-        for episode in self._episodes]
+    return [self._transcript(episode) for episode in self._episodes]
+
+  def _transcript(self, episode) -> types.Transcript:
+    return types.Transcript(
+        self._c._tokenizer.decode(episode.prompt), tuple(episode.turns))
 
   def metrics(self) -> dict[str, float]:
     """Figures of the call.
