@@ -76,6 +76,30 @@ def keep_compiled(config: ml_collections.ConfigDict) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Player:
+  """What plays questions, whichever they are."""
+
+  config: ml_collections.ConfigDict
+  update: sharding.Layout  # of everything that is trained
+  decode: sharding.Layout  # of weights and cache that sample
+  tokenizer: tokenizer_lib.Tokenizer
+  protocol: protocol_lib.Protocol  # of training
+  model: qwen.Config
+  pretrained: folder_lib.Folder | None  # of the model's config and tokenizer
+  learner: learner.Learner | None  # None where nothing is trained
+  rollout: collect.Config
+
+  def collector(
+      self, protocol: protocol_lib.Protocol, search: collect.Search,
+      on_tick: Callable[[], None] | None = None,
+  ) -> collect.Collector:
+    """Plays by one protocol with one engine."""
+    return collect.Collector(
+        self.model, self.rollout, self.tokenizer, protocol, search, self.decode,
+        on_tick)
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
   """What a run is made of; nothing here is trained."""
 
@@ -164,16 +188,50 @@ class Checkpoint:
       **options: of `build`.
     """
     keep_compiled(config)
+    config, card = self._sources(config)
+    return build(
+        config, self.root if self.trained else workdir, training=False,
+        card=card, **options)
+
+  def player(
+      self, config: ml_collections.ConfigDict,
+      say: Callable[[str], None] = print,
+  ) -> Player:
+    """What plays it, without questions and engine; errors as of `build`."""
+    keep_compiled(config)
+    config, card = self._sources(config)
+    _check(config, False, card)
+    update, decode = layouts(config)
+    _check_rows(config, update, decode, False)
+    world = None
+    if config.data.source == 'world':
+      world = world_lib.World(
+          world_lib.Config(**config.world.to_dict()), config.seed)
+    return _player(
+        config, self.root, update, decode, world, False, card, say)
+
+  def fingerprint(self, step: int | None) -> str:
+    """Names the weights: the run and its step, or what the files begin with."""
+    if self.trained:
+      return f'step {step} of {digest((self.root / "config.json").read_text())}'
+    found = [(self.root / folder_lib.CONFIG).read_text()]
+    for path in sorted(self.root.glob('*.safetensors')):
+      with path.open('rb') as file:
+        found.append((path.name, path.stat().length, file.read(1 << 20)))
+    return digest(found)
+
+  def _sources(self, config):
+    """The config that names a folder, and the card of a run."""
     if self.trained:
       card = self.root / 'model'
-      return build(
-          config, self.root, training=False,
-          card=card if card.is_dir() else None, **options)
+      return config, card if card.is_dir() else None
     config = config.copy_and_resolve_references()
     config.model.pretrained = str(self.root)
-    return build(config, workdir, training=False, **options)
+    return config, None
 
-  def actor(self, parts: Parts, key: jax.Array) -> tuple[Any, int | None]:
+  def actor(
+      self, parts: Parts | Player, key: jax.Array
+  ) -> tuple[Any, int | None]:
     """Its parameters on the mesh, and the step, None for a folder."""
     if not self.trained:
       return parameters(parts, key), None
@@ -223,6 +281,33 @@ def build(
       train, corpus if _is_here(config) else None,
       turn_rewards=_turn_rewards(config), k=config.rollout.k)
 
+  player = _player(
+      config, workdir, update, decode, world, training, card, say)
+  collector = player.collector(
+      player.protocol, lambda queries, k: found.search(queries, k), on_tick)
+  collector.prepare(example.question for example in (*train, *held_out))
+
+  _agree_on_data(corpus, train, held_out, player.model)
+  # Last, for it may take long; `collector` sees it through its closure.
+  gold = [
+      document for example in (*train, *held_out)
+      for document in example.gold_documents]
+  found = engine(config, corpus, workdir, say, gold)
+  counts = [f'{len(corpus):,} passages'] if corpus else []
+  if questions:
+    counts += [f'{len(train):,} training and {len(held_out):,} held-out '
+               'questions']
+  say(', '.join([*counts, f'{player.tokenizer.vocab_size:,} tokens']))
+  return Parts(
+      config=config, update=update, decode=decode, tokenizer=player.tokenizer,
+      protocol=player.protocol, world=world, train=train, eval=held_out,
+      retriever=found, model=player.model, pretrained=player.pretrained,
+      learner=player.learner, collect=collector,
+      score=_by_all(_score(config, reward, found), decode))
+
+
+def _player(
+    config, workdir, update, decode, world, training, card, say) -> Player:
   protocol = (
       protocol_lib.Protocol.short() if config.rollout.protocol == 'short'
       else protocol_lib.Protocol())
@@ -235,31 +320,33 @@ def build(
     say(f'{pretrained.path}: {model.layers} layers of {model.embed}, '
         f'{model.heads} heads ({model.kv_heads} kv), {model.vocab_size:,} '
         f'tokens, computed in {model.dtype}')
-  collector = collect.Collector(
-      model, made.rollout, tokenizer, protocol,
-      lambda queries, k: engine.search(queries, k), decode, on_tick)
-  collector.prepare(example.question for example in (*train, *held_out))
+  return Player(
+      config=config, update=update, decode=decode, tokenizer=tokenizer,
+      protocol=protocol, model=model, pretrained=pretrained,
+      learner=made.learner, rollout=made.rollout)
 
-  _agree_on_data(corpus, train, held_out, model)
-  # Last, for it may take long; `collector` sees it through its closure.
-  gold = [
-      document for example in (*train, *held_out)
-      for document in example.gold_documents]
-  engine = shards.distribute(
+
+def engine(
+    config: ml_collections.ConfigDict, corpus: Sequence[types.Document],
+    workdir: Any, say: Callable[[str], None] = print,
+    gold: Sequence[types.Document] = (),
+) -> retriever_lib.Engine:
+  """The search engine that all processes of a run ask together.
+
+  Args:
+    config: its `retriever` counts.
+    corpus: what is searched; empty where a server has its own.
+    workdir: where an index is kept, unless config.retriever.directory says.
+    say: prints a line of progress.
+    gold: documents of the corpus that a server's are known again by.
+
+  Raises:
+    ValueError: one paragraph naming field or file, value and remedy.
+  """
+  return shards.distribute(
       _retriever(config, corpus, workdir, say, gold),
       functools.partial(distributed.exchange, channel='search'),
       distributed.index(), distributed.count())
-  counts = [f'{len(corpus):,} passages'] if corpus else []
-  if questions:
-    counts += [f'{len(train):,} training and {len(held_out):,} held-out '
-               'questions']
-  say(', '.join([*counts, f'{tokenizer.vocab_size:,} tokens']))
-  return Parts(
-      config=config, update=update, decode=decode, tokenizer=tokenizer,
-      protocol=protocol,
-      world=world, train=train, eval=held_out, retriever=engine, model=model,
-      pretrained=pretrained, learner=made.learner, collect=collector,
-      score=_by_all(_score(config, reward, engine), decode))
 
 
 def retriever(
@@ -351,16 +438,25 @@ def agree(config: ml_collections.ConfigDict, **flags: Any) -> None:
   """
   if distributed.count() == 1:
     return
-  package = pathlib.Path(__file__).parent
   distributed.agree('config', json.loads(config_lib.to_json(config)))
   distributed.agree('flags', flags)
-  distributed.agree('version', {
+  distributed.agree('version', versions() | {'stepsearch': _sources()})
+
+
+def versions() -> dict[str, str]:
+  """Of Python, the libraries that compute, and a digest of this package."""
+  return {
       'python': sys.version.split()[0],
       **{name: importlib.metadata.version(name) for name in (
           'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')},
-      'stepsearch': {
-          str(path.relative_to(package)): _digest(path.read_text())
-          for path in package.rglob('*.py')}})
+      'stepsearch': digest(sorted(_sources().items()))}
+
+
+def _sources() -> dict[str, str]:
+  package = pathlib.Path(__file__).parent
+  return {
+      str(path.relative_to(package)): digest(path.read_text())
+      for path in package.rglob('*.py')}
 
 
 def write_card(parts: Parts, directory: paths.Path) -> None:
@@ -793,11 +889,12 @@ def _by_all(score, layout) -> Score:
 def _agree_on_data(corpus, train, held_out, model):
   if distributed.count() > 1:
     distributed.agree('data', {
-        'passages': len(corpus), 'train': _digest(train),
-        'eval': _digest(held_out), 'model': dataclasses.asdict(model)})
+        'passages': len(corpus), 'train': digest(train),
+        'eval': digest(held_out), 'model': dataclasses.asdict(model)})
 
 
-def _digest(value) -> str:
+def digest(value: Any) -> str:
+  """16 hex digits of what a value looks like."""
   return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 

@@ -1,28 +1,43 @@
-"""Evaluates a checkpoint: greedy, every held-out question exactly once.
+"""Evaluates a checkpoint: greedy, every question exactly once.
 
-    python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR
+    python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR \
+        --datasets=musique,hotpotqa --corpus=corpora/{dataset}.jsonl
 
 The checkpoint is the workdir of a run, or a Hugging Face folder: a pretrained
-model, or what `export` wrote. Writes DIR/eval.json (means, by dataset and by
-hops) and DIR/transcripts.jsonl.
+model, or what `export` wrote. Writes DIR/eval.json, numbers by set and what
+they were measured with, and DIR/transcripts.jsonl, a line a question, while it
+plays; the same command again plays what is missing. Without --datasets the
+held-out questions of the config are played, as training plays them.
 
 `python -m stepsearch.evaluate retrieval` measures search engines alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import dataclasses
 import json
+import time
+from typing import Any
 
 import jax
 import ml_collections
 
 from stepsearch import assembly
+from stepsearch import benchmark
 from stepsearch import config as config_lib
 from stepsearch import distributed
 from stepsearch import evaluate_retrieval
 from stepsearch import evaluation
+from stepsearch import methods as methods_lib
 from stepsearch import metrics
 from stepsearch import paths
+from stepsearch import types
+from stepsearch.data import datasets as datasets_lib
+from stepsearch.data import prepared
+from stepsearch.retrieval import retriever as retriever_lib
+
+Results = dict[str, dict[str, Any]]
 
 
 def evaluate(
@@ -46,12 +61,8 @@ def evaluate(
   Raises:
     ValueError: no such checkpoint, or one of another shape; a bad config.
   """
-  assembly.tune_host()
-  source = assembly.Checkpoint(checkpoint, step)
-  with distributed.first('output'):
-    out = config_lib.check_workdir(output, 'output')
-  distributed.share(out, 'output')
-  assembly.agree(config, checkpoint=checkpoint, step=step, sampled=sampled)
+  source, out = _begin(
+      config, checkpoint, output, step=step, sampled=sampled)
   progress = metrics.Progress(0)
   parts = source.build(config, out, say=progress.line)
   key = jax.random.key(config.seed)
@@ -69,17 +80,13 @@ def evaluate(
       for name in sorted({r['dataset'] for r in rows})}
   results['all'] = evaluation.summary(rows)
   if distributed.index() == 0:
-    paths.write(out / 'transcripts.jsonl', ''.join(
-        json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    paths.write(out / 'transcripts.jsonl', benchmark.lines(rows))
     paths.write(out / 'eval.json', json.dumps(
         {'checkpoint': str(source.root), 'step': step,
          'decoding': 'sampled' if sampled else 'greedy', 'results': results},
         indent=2) + '\n')
   progress.line(name)
-  if parts.retriever.failed:
-    progress.line(
-        f'{parts.retriever.failed} searches failed and found nothing: what '
-        'follows is too low')
+  _warn(parts.retriever.failed, progress)
   for name, found in results.items():
     progress.line(
         f'{name:>12}: EM {found["em"]:.3f}  F1 {found["f1"]:.3f}  searches '
@@ -89,8 +96,272 @@ def evaluate(
   return results
 
 
-def _play(argv):
-  """The command without a name: its flags, then `evaluate`."""
+def _begin(config, checkpoint, output, **flags):
+  """What is played, and a folder that can be written."""
+  assembly.tune_host()
+  source = assembly.Checkpoint(checkpoint, flags['step'])
+  with distributed.first('output'):
+    out = config_lib.check_workdir(output, 'output')
+  distributed.share(out, 'output')
+  assembly.agree(config, checkpoint=checkpoint, **flags)
+  return source, out
+
+
+def _warn(failed, progress):
+  if failed:
+    progress.line(
+        f'{failed} searches failed and found nothing: what follows is too low')
+
+
+# ── Benchmarks ───────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+  """Questions that are asked, and what is searched for them."""
+
+  name: str
+  examples: list[types.Example]
+  engine: retriever_lib.Engine
+  settings: dict[str, Any]  # for eval.json
+
+
+def run_benchmarks(
+    config: ml_collections.ConfigDict, checkpoint: str, output: str,
+    sources: Sequence[str], corpus: str = '', step: int | None = None, *,
+    methods: Sequence[str] = (methods_lib.AGENT,), questions: int = 0,
+    prompt: str = '', sampled: bool = False,
+) -> dict[str, Results]:
+  """Plays sets of questions by one or several methods.
+
+  Args:
+    config: of the run, as of `evaluate`; of data its directory of prepared
+      sets counts, and the corpus where none is given.
+    checkpoint: as of `evaluate`.
+    output: on disk or gs://; receives eval.json and transcripts.jsonl, of
+      several methods each in a folder of its own.
+    sources: of the questions, as of `data.datasets.read_questions`; a bare name
+      is the development split of a prepared set.
+    corpus: of passages, as of `data.datasets.read_corpus`; '{dataset}' in it
+      stands for the name of a set, which then has its own. config.data.corpus
+      by default.
+    step: of the checkpoint; the newest by default.
+    methods: of `stepsearch.methods`.
+    questions: of each set, drawn with config.seed; 0: all.
+    prompt: a text file that takes the place of the prompt of the one method.
+    sampled: at T = config.rollout.temperature instead of greedy.
+
+  Returns:
+    by method and set, `benchmark.measure`.
+
+  Raises:
+    ValueError: as of `evaluate`; the output is of another evaluation.
+  """
+  source, out = _begin(
+      config, checkpoint, output, step=step, sampled=sampled,
+      sources=list(sources), corpus=corpus, methods=list(methods),
+      questions=questions, prompt=prompt)
+  begun = time.monotonic()
+  progress = metrics.Progress(0)
+  player = source.player(config, say=progress.line)
+  chosen = _methods(methods, prompt, player, config)
+  sets = _sets(
+      config, sources, corpus or config.data.corpus, questions, out,
+      progress.line)
+  current: list[Set] = []
+  collectors = {}
+  for name, method in chosen.items():
+    collectors[name] = player.collector(
+        method.protocol,
+        lambda queries, k: current[0].engine.search(queries, k))
+    collectors[name].prepare(e.question for s in sets for e in s.examples)
+  key = jax.random.key(config.seed)
+  params, step = source.actor(player, key)
+
+  shared = {
+      'checkpoint': str(source.root), 'step': step,
+      'fingerprint': source.fingerprint(step),
+      'decoding': _decoding(config, sampled),
+      'budgets': {name: config.rollout[name] for name in (
+          'k', 'max_turns', 'prompt_length', 'response_length',
+          'observation_length', 'max_length')},
+      'retriever': config.retriever.to_dict(),
+      'computed_in': player.model.dtype,
+      'averaging': 'plain mean over questions, whatever their hops',
+      'datasets': {s.name: s.settings for s in sets},
+      'versions': assembly.versions()}
+  records = {}
+  for name, method in chosen.items():
+    protocol = method.protocol
+    records[name] = benchmark.Record(
+        out / name if len(chosen) > 1 else out,
+        {'method': name, 'does': method.does, 'differs': method.differs,
+         'prompt': protocol.instruction,
+         'chat': protocol.chat or config.rollout.chat} | shared)
+  ends = [
+      player.tokenizer.byte_strings[i].decode()
+      for i in player.tokenizer.eos_ids]
+  shards = player.decode.shards
+  most = min(config.eval.batch_size, max(len(s.examples) for s in sets))
+  size = -(-most // shards) * shards  # one for all sets, to compile once
+  for one in sets:
+    current[:] = [one]
+    for name, collect in collectors.items():
+      if not records[name].finished:
+        _play(
+            one, collect, chosen[name].protocol, params, key, records[name],
+            size, ends, sampled, progress)
+  results = {
+      name: record.finish(config.seed, time.monotonic() - begun)
+      for name, record in records.items()}
+  _warn(sum({id(s.engine): getattr(s.engine, 'failed', 0)
+             for s in sets}.values()), progress)
+  for line in table(results):
+    progress.line(line)
+  progress.line('written: ' + ', '.join(
+      str(record.folder / 'eval.json') for record in records.values()))
+  return results
+
+
+def _methods(names, prompt, player, config):
+  config_lib.require(
+      config.rollout.protocol == 'full' or list(names) == [methods_lib.AGENT],
+      'rollout.protocol', config.rollout.protocol,
+      f'only --method={methods_lib.AGENT} can do with the short texts: set it '
+      'to full, with a model of real language.')
+  if len(set(names)) < len(names):
+    raise ValueError(f'--method={",".join(names)}: each only once.')
+  instruction = ''
+  if prompt:
+    if len(names) > 1:
+      raise ValueError(
+          f'--prompt={prompt} is of one method, but --method names '
+          f'{len(names)}.')
+    with paths.explained(prompt):
+      instruction = paths.Path(prompt).read_text()
+  found = {name: methods_lib.make(name, instruction) for name in names}
+  if config.rollout.protocol == 'short':
+    found = {
+        name: dataclasses.replace(method, protocol=player.protocol)
+        for name, method in found.items()}
+  return found
+
+
+def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
+  """Reads all questions and makes all engines, before anything is played."""
+  remote = config.retriever.url or config.retriever.web
+  config_lib.require(
+      corpus or remote, 'data.corpus', corpus,
+      'name the passages that are searched: --corpus=FILE.')
+  sets: dict[str, Set] = {}
+  made: dict[str, Any] = {}  # corpora and their engines
+  for source in sources:
+    if source in prepared.CONFIGS:
+      source += ':test' if source == 'bamboogle' else ':dev'
+    known, name = prepared.parse(source), datasets_lib.name(source)
+    if name in sets:
+      raise ValueError(
+          f'--datasets names {name} twice: evaluate them one after the other.')
+    where = corpus.replace('{dataset}', name)
+    documents, engine = made.get(where, ((), None))
+    if engine is None and where:
+      documents = datasets_lib.read_corpus(where, config.data.directory)
+    read = datasets_lib.read_questions(
+        source, documents.by_id if documents else None, dataset=name,
+        directory=config.data.directory)
+    asked = benchmark.sample(read, questions, config.seed)
+    if engine is None:
+      datasets_lib.check(
+          [], None if remote else documents, turn_rewards=False,
+          k=config.rollout.k)
+      of_set = config.copy_and_resolve_references()
+      folder = config.retriever.directory or str(
+          out / 'index' / ('{dataset}' if '{dataset}' in corpus else ''))
+      of_set.retriever.directory = folder.replace('{dataset}', name)
+      engine = assembly.engine(
+          of_set, documents, out, say,
+          [document for e in asked for document in e.gold_documents])
+      made[where] = documents, engine
+    say(f'{name}: {len(asked):,} of {len(read):,} questions of {source}')
+    fingerprint = getattr(engine, 'corpus', None)
+    if fingerprint is None and documents:
+      fingerprint = retriever_lib.corpus_fingerprint(documents)
+    sets[name] = Set(name, asked, engine, {
+        'questions': source, 'split': known.split if known else None,
+        'size': len(read), 'asked': len(asked),
+        'drawn_with_seed': config.seed if len(asked) < len(read) else None,
+        'digest': assembly.digest([(e.id, e.question) for e in asked]),
+        'corpus': where or remote, 'passages': len(documents) or None,
+        'corpus_fingerprint': fingerprint})
+  return list(sets.values())
+
+
+def _decoding(config, sampled) -> dict[str, Any]:
+  if not sampled:
+    return {'kind': 'greedy'}
+  return {'kind': 'sampled', 'seed': config.seed} | {
+      name: config.rollout[name] for name in ('temperature', 'top_p', 'top_k')}
+
+
+def _play(
+    one: Set, collect: Any, protocol: Any, params: Any, key: jax.Array,
+    record: benchmark.Record, size: int, ends: Sequence[str], sampled: bool,
+    progress: metrics.Progress,
+) -> None:
+  """Plays what is missing of a set, each question once."""
+  count = len(one.examples)
+  if sampled:  # which draws a question gets follows from its batch
+    record.cut(one.name, count, size)
+  todo = [n for n in range(count) if n not in record.done(one.name)]
+  if not todo:
+    return
+  before = count - len(todo)
+  with progress.phase(
+      f'{one.name} {record.settings["method"]}', len(todo)) as tick:
+    for start in range(0, len(todo), size):
+      numbers = todo[start:start + size]
+      # Filled up by repeats that do not count, so that nothing is compiled.
+      batch = [one.examples[numbers[i % len(numbers)]] for i in range(size)]
+
+      def ended(i, transcript, tokens, numbers=numbers, batch=batch):
+        if i >= len(numbers):
+          return
+        record.add(numbers[i], benchmark.row(
+            batch[i], transcript, tokens, protocol, ends, collect.config.k))
+        tick(len(record.done(one.name)) - before,
+             em=record.running_em(one.name))
+
+      collect(
+          params, batch, key, first_episode=numbers[0], greedy=not sampled,
+          on_end=ended)
+      record.flush()
+
+
+def table(results: dict[str, Results]) -> list[str]:
+  """Lines that show what was measured."""
+  found = [
+      f'{"set":>12} {"method":>10} {"EM":>6} {"95 %":>12} {"F1":>6} '
+      f'{"95 %":>12} {"cover":>6} {"recall":>6} {"searches":>8} '
+      f'{"redundant":>9} {"format":>6} {"questions":>9}']
+  for method, sets in results.items():
+    for name, m in sets.items():
+      recall = m['gold_recall']
+      found.append(' '.join([
+          f'{name:>12}', f'{method:>10}', f'{m["em"]:6.3f}',
+          f'{_interval(m["em_interval"]):>12}', f'{m["f1"]:6.3f}',
+          f'{_interval(m["f1_interval"]):>12}', f'{m["cover_em"]:6.3f}',
+          f'{"-" if recall is None else format(recall, ".3f"):>6}',
+          f'{m["searches"]:8.2f}', f'{m["redundancy"]:9.3f}',
+          f'{m["format"]:6.3f}', f'{m["questions"]:9d}']))
+  return found
+
+
+def _interval(bounds):
+  return '–'.join(f'{bound:.3f}' for bound in bounds)
+
+
+def _command(argv: Sequence[str]) -> None:
+  """The command without a name: its flags, then what they ask for."""
   from absl import flags
 
   checkpoint = flags.DEFINE_string(
@@ -104,10 +375,43 @@ def _play(argv):
       'step', None, 'Step of the checkpoint; the newest by default.')
   sampled = flags.DEFINE_bool(
       'sampled', False, 'Sample at rollout.temperature instead of greedy.')
+  datasets = flags.DEFINE_list(
+      'datasets', [], 'Sets of questions: files, or prepared sets such as '
+      'musique (musique:dev). Without it: the held-out ones of the config.')
+  corpus = flags.DEFINE_string(
+      'corpus', '', 'Passages of --datasets; {dataset} in it stands for the '
+      'name of each. config.data.corpus by default.')
+  method = flags.DEFINE_list(
+      'method', [methods_lib.AGENT], 'How --datasets are answered, one or '
+      'several: ' + '; '.join(
+          f'{name} {method.does}'
+          for name, method in methods_lib.METHODS.items()) + '.')
+  questions = flags.DEFINE_integer(
+      'questions', 0, 'Questions of each of --datasets, drawn with '
+      'config.seed; 0: all.', lower_bound=0)
+  prompt = flags.DEFINE_string(
+      'prompt', '', 'Text file with {question}: the prompt of the --method.')
+  data_dir = flags.DEFINE_string(
+      'data_dir', '', 'Of prepared sets; config.data.directory by default.')
   joined = distributed.define_flags()
 
   def main(config):
     with joined():
+      if data_dir.value:
+        with config.unlocked():
+          config.data.directory = data_dir.value
+      if datasets.value:
+        run_benchmarks(
+            config, checkpoint.value, output.value, datasets.value,
+            corpus.value, step.value, methods=method.value,
+            questions=questions.value, prompt=prompt.value,
+            sampled=sampled.value)
+        return
+      for name in ('corpus', 'method', 'questions', 'prompt'):
+        if flags.FLAGS[name].present:
+          raise ValueError(
+              f'--{name}={flags.FLAGS[name].value}: this is of --datasets, '
+              'which is not given.')
       evaluate(
           config, checkpoint.value, output.value, step.value,
           sampled=sampled.value)
@@ -117,4 +421,4 @@ def _play(argv):
 
 if __name__ == '__main__':
   config_lib.commands(
-      {'retrieval': evaluate_retrieval.command}, otherwise=_play)
+      {'retrieval': evaluate_retrieval.command}, otherwise=_command)

@@ -2,14 +2,15 @@
 
     4  entry points (the rest of stepsearch/*.py): the only readers of configs
     3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
-    2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy
+    2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy, methods
     1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
        words, costs
     0  types, sharding, tokenizer, preemption, distributed, topology, hlo,
        client; below all, paths and rendezvous
 
 Downward only. Inside a layer, only siblings of one package see each other, and
-entry points may read `assembly`, `config` and `report`, and a command's module.
+entry points may read `assembly`, `benchmark`, `config` and `report`, and a
+command's module.
 """
 
 import ast
@@ -26,11 +27,12 @@ _LAYERS = {
     'models': 1, 'rl.advantages': 1, 'rl.losses': 1, 'rl.packing': 1,
     'protocol': 1, 'passages': 1, 'words': 1, 'costs': 1,
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
-    'rl.policy': 2,
+    'rl.policy': 2, 'methods': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,
     'evaluation': 3, 'warmup': 3,
 }
-_SHARED_ENTRY = {'assembly', 'config', 'report', 'evaluate_retrieval'}
+_SHARED_ENTRY = {
+    'assembly', 'benchmark', 'config', 'report', 'evaluate_retrieval'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {
