@@ -34,6 +34,7 @@ from stepsearch import paths
 from stepsearch.data import datasets
 from stepsearch.data import formats
 from stepsearch.data import prepared
+from stepsearch.data import rows as rows_lib
 from stepsearch.types import Document
 from stepsearch.types import Example
 
@@ -243,7 +244,7 @@ def corpus(
     pool, size = formats.Pool(), 0
     with open(draft, 'w', encoding='utf-8') as out:
       for path in files:
-        faults = formats.Faults(path)
+        faults = rows_lib.Faults(path)
         with progress.phase(f'reading {path}, percent', 100) as tick:
           for document in datasets.read_passages(path, faults, tick):
             if len(files) > 1:
@@ -326,7 +327,7 @@ def _is_corpus(source: str) -> bool:
   known = prepared.parse(source)
   if known is not None:
     return known.split == prepared.CORPUS
-  first = next(formats.rows(source, formats.Faults(source)), None)
+  first = next(rows_lib.read(source, rows_lib.Faults(source)), None)
   return first is not None and 'question' not in first and (
       'contents' in first or 'text' in first and 'id' in first)
 

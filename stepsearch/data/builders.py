@@ -26,6 +26,7 @@ import tensorflow_datasets as tfds
 from stepsearch import paths
 from stepsearch.data import formats
 from stepsearch.data import prepared
+from stepsearch.data import rows as rows_lib
 from stepsearch.types import Document
 from stepsearch.types import Example
 
@@ -330,19 +331,19 @@ def read(
     split: name for errors.
     files: one after the other.
     pool: gives a passage that comes with a question its id in the corpus.
-    tick: as of `formats.rows`.
+    tick: as of `rows.read`.
 
   Raises:
     ValueError: no questions; malformed rows.
   """
   examples = []
   for path in files:
-    faults = formats.Faults(path)
-    for row in formats.rows(path, faults, tick):
+    faults = rows_lib.Faults(path)
+    for row in rows_lib.read(path, faults, tick):
       try:
         example = formats.example(row)
         documents = [pool(document) for document in formats.context(row)]
-      except formats.Fault as fault:
+      except rows_lib.Fault as fault:
         faults.add(fault)
         continue
       examples.append(_renamed(example, documents, release))
@@ -429,7 +430,7 @@ def _listing(raw_dir) -> list[str]:
     if path.endswith('.zip'):
       try:
         with zipfile.ZipFile(paths.local_copy(path)) as archive:
-          listed += [f'{path}/{name}' for name in formats.members(archive)]
+          listed += [f'{path}/{name}' for name in rows_lib.members(archive)]
       except zipfile.BadZipFile as error:
         raise ValueError(
             f'{path} is no archive ({error}): fetch it again.') from error

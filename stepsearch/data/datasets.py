@@ -24,6 +24,7 @@ from stepsearch import passages
 from stepsearch import paths
 from stepsearch.data import formats
 from stepsearch.data import prepared
+from stepsearch.data import rows as rows_lib
 from stepsearch.types import Document
 from stepsearch.types import Example
 from stepsearch.types import SubQuestion
@@ -50,11 +51,11 @@ def read_corpus(
   else:
     path = source if _plain(source) else _materialised(source)
   starts, hashes = array.array('q'), array.array('q')
-  faults = formats.Faults(source)
-  for row in formats.rows(path, faults):
+  faults = rows_lib.Faults(source)
+  for row in rows_lib.read(path, faults):
     try:
       formats.passage(row)
-    except formats.Fault as fault:
+    except rows_lib.Fault as fault:
       faults.add(fault)
       continue
     starts.append(row.start)
@@ -105,10 +106,10 @@ def read_questions(
     ValueError: no questions, malformed rows, or a gold id that the corpus does
       not hold.
   """
-  faults = formats.Faults(source)
+  faults = rows_lib.Faults(source)
   known = prepared.parse(source)
   rows = (
-      formats.rows(source, faults) if known is None
+      rows_lib.read(source, faults) if known is None
       else prepared.read(known, directory))
   examples = []
   for row in rows:
@@ -116,7 +117,7 @@ def read_questions(
       example = formats.example(row)
       if corpus_by_id is not None:
         _check_ids(example, row, corpus_by_id)
-    except formats.Fault as fault:
+    except rows_lib.Fault as fault:
       faults.add(fault)
       continue
     examples.append(example)
@@ -162,12 +163,12 @@ def read_demonstrations(
   Raises:
     ValueError: no demonstrations, or malformed rows.
   """
-  faults = formats.Faults(path)
+  faults = rows_lib.Faults(path)
   pairs = []
-  for row in formats.rows(path, faults):
+  for row in rows_lib.read(path, faults):
     try:
       pairs.append((row.text('question'), row.text('text')))
-    except formats.Fault as fault:
+    except rows_lib.Fault as fault:
       faults.add(fault)
   faults.check()
   if not pairs:
@@ -207,7 +208,7 @@ def check(
 
 
 def read_passages(
-    source: paths.Address, faults: formats.Faults,
+    source: paths.Address, faults: rows_lib.Faults,
     tick: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
   """The passages of a file of any kind, one after the other.
@@ -215,9 +216,9 @@ def read_passages(
   Args:
     source: a corpus, or questions with their paragraphs, which are pooled.
     faults: where malformed rows go.
-    tick: as of `formats.rows`.
+    tick: as of `rows.read`.
   """
-  rows = formats.rows(source, faults, tick)
+  rows = rows_lib.read(source, faults, tick)
   first = next(rows, None)
   if first is None:
     return
@@ -227,7 +228,7 @@ def read_passages(
     for row in rows:
       try:
         documents = formats.context(row)
-      except formats.Fault as fault:
+      except rows_lib.Fault as fault:
         faults.add(fault)
         continue
       for document in documents:
@@ -238,11 +239,11 @@ def read_passages(
   for row in rows:
     try:
       yield formats.passage(row)
-    except formats.Fault as fault:
+    except rows_lib.Fault as fault:
       faults.add(fault)
 
 
-def _has_context(row: formats.Row) -> bool:
+def _has_context(row: rows_lib.Row) -> bool:
   metadata = row.values.get('metadata')
   inside = metadata if isinstance(metadata, dict) else {}
   return any(
@@ -255,7 +256,7 @@ def _plain(source: paths.Address) -> bool:
   if name.endswith(('.gz', '.zip', '.parquet', '.csv', '.tsv')) or (
       '.zip/' in name):
     return False
-  with formats.opened(source) as (file, *_):
+  with rows_lib.opened(source) as (file, *_):
     line = file.readline()
   try:
     values = json.loads(line)
@@ -264,7 +265,7 @@ def _plain(source: paths.Address) -> bool:
     return not line.lstrip().startswith(b'[')
   return not isinstance(values, list) and not (
       isinstance(values, dict) and _has_context(
-          formats.Row(source, 'line 1', values)))
+          rows_lib.Row(source, 'line 1', values)))
 
 
 def _materialised(source: paths.Address) -> pathlib.Path:
@@ -282,7 +283,7 @@ def _materialised(source: paths.Address) -> pathlib.Path:
       repr(key).encode(), digest_size=8).hexdigest()
   file = folder / 'corpus.jsonl'
   if not file.exists():
-    faults = formats.Faults(source)
+    faults = rows_lib.Faults(source)
     with paths.new_folder(folder, file.name) as draft:
       passages.write(draft / file.name, read_passages(source, faults))
       faults.check()
@@ -292,7 +293,7 @@ def _materialised(source: paths.Address) -> pathlib.Path:
 
 
 def _check_ids(
-    example: Example, row: formats.Row, corpus: Mapping[str, Document]
+    example: Example, row: rows_lib.Row, corpus: Mapping[str, Document]
 ) -> None:
   """Refuses a gold document that is an id which the corpus does not hold."""
   for d in example.gold_documents:
