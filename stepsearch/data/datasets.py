@@ -126,7 +126,8 @@ def read_questions(
     raise ValueError(f'{source} holds no questions.')
   if dataset:
     examples = [dataclasses.replace(e, dataset=dataset) for e in examples]
-  return _with_gold(examples, corpus_by_id)
+  _find_gold(examples, corpus_by_id)
+  return examples
 
 
 def name(source: paths.Address) -> str:
@@ -302,9 +303,9 @@ def _check_ids(
           'gold', f'"{d.id}" is not the id of a document of the corpus')
 
 
-def _with_gold(
+def _find_gold(
     examples: list[Example], corpus: Mapping[str, Document] | None
-) -> list[Example]:
+) -> None:
   """Replaces references to gold documents by documents; see `read_questions`.
 
   In at most one pass over the corpus, for a large one has no room for a table
@@ -325,27 +326,25 @@ def _with_gold(
           by_key[d.title, d.text] = d
         if d.title in titles:
           by_title.setdefault(d.title, []).append(d)
-  shared: dict[tuple[str, str, str], Document] = {}
-  resolved = []
-  for example in examples:
+  shared: dict[Document, Document] = {}
+  for place, example in enumerate(examples):
+    if not example.gold_documents and not example.sub_questions:
+      continue
     found: dict[str, Document] = {}  # by the reference's own id
     for d in example.gold_documents:
       own = _lookup(d, example, corpus, by_key, by_title)
       if own is not None:
-        found[d.id] = shared.setdefault((own.id, own.title, own.text), own)
+        found[d.id] = shared.setdefault(own, own)
     if len(found) < len({d.id for d in example.gold_documents}):
       found = {}
-    if example.gold_documents or example.sub_questions:
-      # Two references may be one passage.
-      gold = tuple(dict.fromkeys(found.values()))
-      subs = tuple(
-          dataclasses.replace(sub, gold=tuple(dict.fromkeys(
-              found[i].id for i in sub.gold if i in found)))
-          for sub in example.sub_questions)
-      example = dataclasses.replace(
-          example, gold_documents=gold, sub_questions=_about(subs, gold))
-    resolved.append(example)
-  return resolved
+    # Two references may be one passage.
+    gold = tuple(dict.fromkeys(found.values()))
+    subs = tuple(
+        dataclasses.replace(sub, gold=tuple(dict.fromkeys(
+            found[i].id for i in sub.gold if i in found)))
+        for sub in example.sub_questions)
+    examples[place] = dataclasses.replace(
+        example, gold_documents=gold, sub_questions=_about(subs, gold))
 
 
 def _lookup(d, example, corpus, by_key, by_title) -> Document | None:

@@ -178,7 +178,7 @@ def read(
     size = max(os.fstat(packed.fileno()).st_size, 1)
     for number, row in enumerate(found):
       if number % _TICK == 0:
-        tick(100 * packed.tell() // size)
+        tick(min(99, 100 * packed.tell() // size))
       yield row
     tick(100)
 
