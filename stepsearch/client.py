@@ -143,6 +143,7 @@ class Client:
       cache: paths.Address = '', per_second: float = 0.0, concurrency: int = 8,
       timeout: float = 60.0, retries: int = 6, wait: float = 1.0,
       most: int = 16 * 2**20,
+      paid: Callable[[Any], None] = lambda answer: None,
   ):
     """Connects to nothing yet.
 
@@ -160,6 +161,7 @@ class Client:
       wait: seconds before the first retry; doubled for each one more. A
         Retry-After that asks for longer is heeded, up to two minutes.
       most: bytes that an answer may have.
+      paid: called with every usable answer that the service has given.
 
     Raises:
       ValueError: something that is not a URL, or a file that is no cache.
@@ -181,6 +183,7 @@ class Client:
     self._concurrency = concurrency
     self._timeout, self._retries, self._wait = timeout, retries, wait
     self._most = most
+    self._paid = paid
     self._lock = threading.Lock()
     self._flying: dict[str, futures.Future] = {}
     self._pool = urllib3.PoolManager(
@@ -217,6 +220,7 @@ class Client:
       answer = self._known(request, read)
       if answer is None:
         answer = self._fetch(payload, read)
+        self._paid(answer)
         if self._cache is not None:
           self._cache.keep(request, answer)
         self._count('answered')

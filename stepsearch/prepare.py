@@ -4,6 +4,7 @@
     python -m stepsearch.prepare hotpotqa|2wiki|bamboogle  the same
     python -m stepsearch.prepare corpus --name=wiki18 --files=F --data_dir=DATA
     python -m stepsearch.prepare gold --questions=Q --corpus=C --output=O
+    python -m stepsearch.prepare keys --questions=Q --corpus=C --output=O
     python -m stepsearch.prepare inspect FILE …
 
 What is prepared is read as NAME:SPLIT, wherever a file of questions or a corpus
@@ -272,6 +273,14 @@ def corpus(
         f'--corpus={folder / prepared.PASSAGES} --output=…')
 
 
+def _keys(argv: Sequence[str]) -> NoReturn:
+  """The command that writes search keys."""
+  # Here, because it needs models and engines, and the others do not.
+  from stepsearch import prepare_keys
+
+  prepare_keys.main(argv)
+
+
 def _inspect(argv: Sequence[str]) -> NoReturn:
   """The command that tells what files hold."""
   program, *rest = argv
@@ -403,6 +412,7 @@ def _counted(
 COMMANDS = {
     **{name: functools.partial(_published, name) for name in prepared.CONFIGS},
     'corpus': _corpus,
+    'keys': _keys,
     'inspect': _inspect,
 }
 

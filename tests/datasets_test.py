@@ -184,7 +184,7 @@ def test_bad_question(tmp_path, change, message):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'sub_searchs': [[]]}, r'field sub_searchs\[0\]: it is empty'),
+        ({'sub_searchs': [['']]}, r'field sub_searchs\[0\]\[0\]: it is empty'),
         ({'sub_searchs': [['a', 1]]}, r'field sub_searchs\[0\]\[1\]: expected'),
         (
             {'sub_support_docs': [{'title': 'x'}]},

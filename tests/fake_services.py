@@ -28,11 +28,14 @@ class Services(http.server.ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 64
 
-  def __init__(self, *, pages=(), write=None, faults=0.0, seed=0, slow=5.0):
+  def __init__(
+      self, *, pages=(), write=None, faults=0.0, seed=0, slow=5.0,
+      retry_after=1):
     super().__init__(('127.0.0.1', 0), _Handler)
     self.url = f'http://127.0.0.1:{self.server_port}'
     self.pages, self.write = pages, write
     self.faults, self.seed, self.slow = faults, seed, slow
+    self.retry_after = retry_after
     self.refuse = {}  # path -> status, for as long as it is set
     self.bad = ()  # texts that no request may hold
     self.delay = 0.0
@@ -116,7 +119,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       with server.lock:
         server.faulty[fault] += 1
     if fault == '429':
-      return self._send(429, {'error': 'slower'}, {'Retry-After': '1'})
+      return self._send(
+          429, {'error': 'slower'}, {'Retry-After': str(server.retry_after)})
     if fault == '500':
       return self._send(500, {'error': 'a fault of ours'})
     if fault == 'slow':

@@ -1,7 +1,8 @@
 """Who may import whom, and what a module may not be called.
 
     4  entry points (the rest of stepsearch/*.py): the only readers of configs
-    3  rollout.collect, rl.learner, checkpoints, metrics, evaluation, warmup
+    3  rollout.collect, rollout.generate, rl.learner, checkpoints, metrics,
+       evaluation, warmup
     2  rollout.sampler, retrieval.*, data.*, rl.rewards, rl.policy, methods
     1  models.*, rl.advantages, rl.losses, rl.packing, protocol, passages,
        words, costs
@@ -29,10 +30,11 @@ _LAYERS = {
     'rollout.sampler': 2, 'retrieval': 2, 'data': 2, 'rl.rewards': 2,
     'rl.policy': 2, 'methods': 2,
     'rollout.collect': 3, 'rl.learner': 3, 'checkpoints': 3, 'metrics': 3,
-    'evaluation': 3, 'warmup': 3,
+    'rollout.generate': 3, 'evaluation': 3, 'warmup': 3,
 }
 _SHARED_ENTRY = {
-    'assembly', 'benchmark', 'config', 'report', 'evaluate_retrieval'}
+    'assembly', 'benchmark', 'config', 'report', 'evaluate_retrieval',
+    'prepare_keys'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {

@@ -20,7 +20,7 @@ def from_search_keys(
     examples: Sequence[types.Example], search: Callable,
     observation: Callable, *, k: int, max_turns: int, seed: int,
 ) -> list[tuple[str, str]]:
-  """One demonstration per question that has search keys and few enough.
+  """One demonstration per question with few enough sub-questions, all keyed.
 
   Each sub-question is searched with one of its reference queries, then the
   first answer is given.
@@ -40,7 +40,9 @@ def from_search_keys(
     ValueError: no question has search keys.
   """
   rng = np.random.default_rng((seed, 2))
-  usable = [e for e in examples if 0 < len(e.search_keys) <= max_turns]
+  usable = [
+      e for e in examples
+      if 0 < len(e.search_keys) <= max_turns and all(e.search_keys)]
   if not usable:
     raise ValueError(
         'config.data.demonstrations = search_keys: none of the '

@@ -10,7 +10,9 @@ A row's shape is told by its fields, never by the file's name:
                 evidences [[subject, relation, object]], hops, dataset, source,
                 licence
     released    with arXiv 2505.15107: question, final_answer, answer_aliases,
-                sub_searchs, sub_support_docs [{title, paragraph_text}]
+                sub_searchs, sub_support_docs [{title, paragraph_text}]; as of
+                `prepare keys` also sub_questions [{question, answer, gold}],
+                whose gold are places in sub_support_docs
     musique     question, answer, answer_aliases, question_decomposition, and
                 paragraphs or else document_id, the gold title
     hotpotqa    HotpotQA and 2WikiMultihopQA, official or as on Hugging Face:
@@ -226,7 +228,7 @@ def _own(row: Row) -> Example:
   keys = None
   if 'search_keys' in row:
     keys = tuple(
-        row.texts(f'search_keys[{i}]', value=item)
+        row.texts(f'search_keys[{i}]', value=item, empty=True)
         for i, item in enumerate(row.list('search_keys')))
   return _example(
       row, example_id, row.text('question'), _answers(row), gold, subs, keys)
@@ -242,11 +244,24 @@ def _released(row: Row) -> Example:
     documents.append(Document(
         f'{example_id}/{i}', part.text('title', blank=True),
         part.text('paragraph_text')))
+  subs = []
+  for i, item in enumerate(row.list('sub_questions', [])):
+    part = row.part(f'sub_questions[{i}]', item)
+    places = part.list('gold', [])
+    for place in places:
+      if not isinstance(place, int) or not 0 <= place < len(documents):
+        raise part.error(
+            'gold', f'{place!r} is none of the {len(documents)} rows of '
+            'sub_support_docs')
+    subs.append(SubQuestion(
+        part.text('question'), part.text('answer', blank=True),
+        tuple(documents[place].id for place in places)))
+  # A sub-question may have lost all its keys; `prepare keys` counts it.
   keys = tuple(
-      row.texts(f'sub_searchs[{i}]', value=item)
+      row.texts(f'sub_searchs[{i}]', value=item, empty=True)
       for i, item in enumerate(row.list('sub_searchs')))
   return _example(
-      row, example_id, row.text('question'), answers, documents, [], keys)
+      row, example_id, row.text('question'), answers, documents, subs, keys)
 
 
 def _musique(row: Row) -> Example:

@@ -47,7 +47,7 @@ def make(
       are known again by title and text, whatever their id is there.
     made: engines by their text, taken from here where they are made already,
       also as parts of a fusion, and added.
-    limits: `cache` and `per_second` of servers and web search APIs.
+    limits: `cache`, `per_second` and `wait` of servers and web search APIs.
 
   Raises:
     ValueError: a text that describes nothing, no such encoder or index, or an
