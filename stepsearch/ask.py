@@ -32,6 +32,7 @@ from stepsearch import config as config_lib
 from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
+from stepsearch.data import datasets
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever
 
@@ -86,10 +87,16 @@ class Player:
     # Of an index that is kept nowhere; goes with this object.
     self._scratch = tempfile.TemporaryDirectory(prefix='stepsearch-')
     _search_here(config, source, index, corpus, self._scratch.name)
-    self._parts = source.build(
-        config, self._scratch.name, questions=False, say=say)
+    player = source.player(config, say=say)
+    passages = ()
+    if config.data.corpus:
+      passages = datasets.read_corpus(
+          config.data.corpus, config.data.directory)
+      datasets.check([], passages, turn_rewards=False, k=config.rollout.k)
+    self._search = assembly.engine(config, passages, self._scratch.name, say)
+    self._collect = player.collector(player.protocol, self._search.search)
     self._key = jax.random.key(config.seed)
-    self._params, step = source.actor(self._parts, self._key)
+    self._params, step = source.actor(player, self._key)
     self._asked = 0
     say(str(source.root) if step is None else f'step {step} of {source.root}')
 
@@ -113,7 +120,7 @@ class Player:
     """
     start = time.perf_counter()
     example = types.Example(id='', question=question, answers=())
-    trajectory, [transcript] = self._parts.collect(
+    trajectory, [transcript] = self._collect(
         self._params, [example], self._key, first_episode=self._asked,
         greedy=self._greedy, on_turn=lambda _, turn: on_turn(turn))
     self._asked += 1
@@ -130,25 +137,27 @@ class Player:
 def _search_here(config, source, index, corpus, scratch):
   """Points the config to the passages and the index that are meant."""
   data, c = config.data, config.retriever
-  data.update(dict(source='jsonl') if index or corpus else {})
-  if index or corpus:
-    c.url = c.factory = ''
+  elsewhere = c.url or c.web or c.factory
+  if elsewhere and not (index or corpus):
+    data.corpus = ''
+    return
+  c.update(dict(
+      url='', web='', web_url='', web_key='', factory='', cache='',
+      per_second=0.0))
   if corpus:
     # An index of other passages may lie beside the run.
     c.directory, data.corpus = index or scratch, corpus
-  else:
-    c.directory = index or c.directory or (
-        str(source.root / 'index') if source.trained else scratch)
-    if indexing.exists(c.directory):
-      data.update(dict(
-          source='jsonl',
-          corpus=str(paths.Path(c.directory) / retriever.CORPUS)))
-    elif index:
-      raise ValueError(
-          f'--index={index}: there is no index here; name the folder that a '
-          'run or stepsearch.build_index has written, or give --corpus too, '
-          'and it is built there.')
-  if data.source == 'jsonl' and not (data.corpus or c.url or c.factory):
+    return
+  c.directory = index or c.directory or (
+      str(source.root / 'index') if source.trained else scratch)
+  if indexing.exists(c.directory):
+    data.corpus = str(paths.Path(c.directory) / retriever.CORPUS)
+  elif index:
+    raise ValueError(
+        f'--index={index}: there is no index here; name the folder that a run '
+        'or stepsearch.build_index has written, or give --corpus too, and it '
+        'is built there.')
+  elif not data.corpus:
     raise ValueError(
         f'--checkpoint={source.root}: there is nothing to search in; give '
         '--index=DIR, the folder of an index, or --corpus=FILE, JSONL of '

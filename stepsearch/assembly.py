@@ -241,8 +241,7 @@ class Checkpoint:
 
 def build(
     config: ml_collections.ConfigDict, workdir: Any, *, training: bool = True,
-    questions: bool = True, card: Any = None,
-    say: Callable[[str], None] = print,
+    card: Any = None, say: Callable[[str], None] = print,
     on_tick: Callable[[], None] | None = None,
 ) -> Parts:
   """Checks the config, reads or makes the data, loads or builds the index.
@@ -251,7 +250,6 @@ def build(
     config: as of configs/default.py.
     workdir: where the index is kept, unless config.retriever.directory says.
     training: also read the training questions and make the learner.
-    questions: read the held-out ones; False: those that are asked come later.
     card: the folder that `write_card` made in the run whose checkpoint is
       played: what the model is, whatever config.model says of it.
     say: prints a line of progress.
@@ -274,9 +272,9 @@ def build(
         config.data.train_shares, config.seed) if training else []
     held_out = world.questions(
         'eval', config.data.eval_questions, config.data.eval_hops,
-        config.data.eval_shares, config.seed) if questions else []
+        config.data.eval_shares, config.seed)
   else:
-    corpus, train, held_out = _read(config, training, questions)
+    corpus, train, held_out = _read(config, training)
   datasets.check(
       train, corpus if _is_here(config) else None,
       turn_rewards=_turn_rewards(config), k=config.rollout.k)
@@ -293,11 +291,9 @@ def build(
       document for example in (*train, *held_out)
       for document in example.gold_documents]
   found = engine(config, corpus, workdir, say, gold)
-  counts = [f'{len(corpus):,} passages'] if corpus else []
-  if questions:
-    counts += [f'{len(train):,} training and {len(held_out):,} held-out '
-               'questions']
-  say(', '.join([*counts, f'{player.tokenizer.vocab_size:,} tokens']))
+  say((f'{len(corpus):,} passages, ' if corpus else '')
+      + f'{len(train):,} training and {len(held_out):,} held-out questions, '
+      f'{player.tokenizer.vocab_size:,} tokens')
   return Parts(
       config=config, update=update, decode=decode, tokenizer=player.tokenizer,
       protocol=player.protocol, world=world, train=train, eval=held_out,
@@ -715,12 +711,11 @@ def _model(config, tokens, layouts, pretrained) -> qwen.Config:
   return qwen.Config(**sizes | dict(lora=adapters if adapters.rank else None))
 
 
-def _read(config, training, questions):
+def _read(config, training):
   """Corpus and questions of source = jsonl."""
   # With a server the corpus tells what the gold documents of the questions
   # are; questions that spell them out, or have none, do without.
   unneeded = [] if training else ['train']
-  unneeded += [] if questions else ['eval']
   unneeded += [] if _is_here(config) else ['corpus']
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
@@ -733,7 +728,7 @@ def _read(config, training, questions):
     corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
     by_id = corpus.by_id
   held_out = []
-  for source in config.data.eval.split(',') if questions else ():
+  for source in config.data.eval.split(','):
     source = source.strip()
     read = datasets.read_questions(
         source, by_id, dataset=datasets.name(source),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import difflib
 import errno
 import importlib.util
@@ -25,6 +26,7 @@ import pathlib
 import re
 import secrets
 import sys
+import traceback
 import types
 from typing import Any, NoReturn
 
@@ -201,7 +203,8 @@ def main(
             '--name=value.')
       if takes_config and flags.FLAGS.config is None:
         if otherwise is not None:
-          run(otherwise(overrides))
+          with _of_this_version():
+            run(otherwise(overrides))
           return
         if overrides:
           raise ValueError(
@@ -250,19 +253,35 @@ def commands(
   otherwise([program, *rest])
 
 
+@contextlib.contextmanager
+def _of_this_version() -> Iterator[None]:
+  """Explains a leaf that the config of an older run has not."""
+  try:
+    yield
+  except AttributeError as error:
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not pathlib.Path(where).is_relative_to(
+        pathlib.Path(ml_collections.__file__).parent):
+      raise
+    raise ValueError(
+        f'the run was started by another version of StepSearch, and its '
+        f'{_STORED} lacks a leaf of this one ({error}): name its config file '
+        'with --config=configs/….') from error
+
+
 def is_users(error: Exception) -> bool:
   """Whether the user, rather than a programmer, can do something about it."""
   if isinstance(error, OSError):
     return isinstance(error, _FILE_ERRORS) or error.errno in _FULL_DISK
   if not isinstance(error, (ValueError, FloatingPointError)):
     return False
-  traceback = error.__traceback__
-  while traceback.tb_next:
-    traceback = traceback.tb_next
+  trace = error.__traceback__
+  while trace.tb_next:
+    trace = trace.tb_next
   # The innermost frame may be ours because a library hides its own (jax does)
   # or is written in C, hence the look at the statement.
-  filename = traceback.tb_frame.f_code.co_filename
-  statement = linecache.getline(filename, traceback.tb_lineno).strip()
+  filename = trace.tb_frame.f_code.co_filename
+  statement = linecache.getline(filename, trace.tb_lineno).strip()
   package = pathlib.Path(__file__).resolve().parent
   return (package in pathlib.Path(filename).resolve().parents
           and statement.startswith('raise'))

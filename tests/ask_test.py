@@ -76,7 +76,8 @@ def folder(run, tmp_path_factory):
     devices = jax.devices()[:1]
     patch.setattr(jax, 'devices', lambda *_: devices)
     player = _player(run)
-    hf.save(path, player._parts.model, player._params, source=run / 'model')
+    hf.save(
+        path, player._collect._model, player._params, source=run / 'model')
   return path
 
 
@@ -307,6 +308,18 @@ def test_the_prompt_ends_with_either_key(monkeypatch, capsys):
     monkeypatch.setattr('builtins.input', read)
     assert list(ask._typed()) == ['who ?', '']
   assert capsys.readouterr().out == '\n\n'
+
+
+def test_a_run_of_an_older_version(run, tmp_path):
+  shutil.copytree(run, tmp_path / 'old')
+  path = tmp_path / 'old' / 'config.json'
+  config = json.loads(path.read_text())
+  del config['retriever']['placement']
+  path.write_text(json.dumps(config))
+  done = _command(f'--checkpoint={tmp_path}/old', '--question=who ?')
+  assert done.returncode == 1
+  assert re.fullmatch(
+      'error: .*another version.*placement.*--config=.*\n', done.stderr)
 
 
 def _command(*arguments, **options):
