@@ -1,6 +1,7 @@
 """BERT encoders in Linen (E5, BGE, MiniLM): tokens → one unit vector a text.
 
     tokens, lengths ── Bert ──▶ hidden states ── pool ──▶ unit vectors
+    tokens, lengths, segments ── CrossEncoder ──▶ one score a pair of texts
 
 `Bert` is the post-norm encoder of arXiv 1810.04805 with exact (erf) GELU;
 `pool` also serves decoders that embed by their last token. Layers are stacked
@@ -35,7 +36,7 @@ class Config:
   heads: int
   mlp: int
   positions: int
-  types: int = 2  # segments; every text is of segment 0
+  types: int = 2  # segments; of a pair the second text is of segment 1
   eps: float = 1e-12
   dtype: str = 'float32'  # of the computation
 
@@ -149,12 +150,16 @@ class Bert(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+  def __call__(
+      self, tokens: jax.Array, lengths: jax.Array,
+      segments: jax.Array | None = None,
+  ) -> jax.Array:
     """Hidden states [B, T, D] of `config.dtype`; those of padding mean nothing.
 
     Args:
       tokens: [B, T] int32, T <= config.positions, padding behind the text.
       lengths: [B] int32, tokens of each row; a row of 0 gives no NaN.
+      segments: [B, T] int32, which text of a pair each token is of; None: 0.
     """
     c = self.config
 
@@ -166,7 +171,9 @@ class Bert(nn.Module):
     width = tokens.shape[1]
     x = jnp.take(table('embedding', 'vocab', c.vocab_size), tokens, axis=0)
     x += table('position_embedding', None, c.positions)[None, :width]
-    x += table('type_embedding', None, c.types)[None, :1]
+    types = table('type_embedding', None, c.types)
+    x += types[None, :1] if segments is None else jnp.take(
+        types, segments, axis=0)
     x = LayerNorm(c.eps, name='embedding_norm')(x.astype(c.dtype))
     mask = jnp.arange(width)[None] < lengths[:, None]
     x, _ = nn.scan(
@@ -178,6 +185,31 @@ class Bert(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, name='layers')(x, mask[:, None, None])
     return x
+
+
+class CrossEncoder(nn.Module):
+  """How well the second text of a pair answers the first: a `Bert` with a head.
+
+  score = w tanh(W h + b) + c, with h the hidden state of the first token.
+  """
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+      self, tokens: jax.Array, lengths: jax.Array, segments: jax.Array
+  ) -> jax.Array:
+    """Scores [B] float32; arguments as of `Bert`."""
+    c = self.config
+    h = Bert(c, name='bert')(tokens, lengths, segments)[:, 0]
+    init, zeros = nn.initializers.normal(c.embed**-0.5), nn.initializers.zeros
+    pooler = self.param(
+        'pooler', _logical(init, 'embed', None), (c.embed, c.embed))
+    pooler_bias = self.param('pooler_bias', _logical(zeros, None), (c.embed,))
+    head = self.param('head', _logical(init, 'embed', None), (c.embed, 1))
+    head_bias = self.param('head_bias', _logical(zeros, None), (1,))
+    h = jnp.tanh(h.astype(jnp.float32) @ pooler + pooler_bias[None])
+    return (h @ head + head_bias[None])[:, 0]
 
 
 def pool(hidden: jax.Array, lengths: jax.Array, pooling: str) -> jax.Array:
@@ -208,6 +240,13 @@ def init(config: Config, key: jax.Array) -> Any:
   return nn.unbox(boxed['params'])
 
 
+def init_cross_encoder(config: Config, key: jax.Array) -> Any:
+  """Random float32 parameters of `CrossEncoder`."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  boxed = CrossEncoder(config).init(key, one, jnp.ones((1,), jnp.int32), one)
+  return nn.unbox(boxed['params'])
+
+
 def load(
     folder: folder_lib.Folder,
     mesh: jax.sharding.Mesh,
@@ -235,6 +274,46 @@ def load(
             r'^cls\.')
   table = tensors('bert.' if inside else '')
   return config, folder_lib.stream(folder, table, shapes, whole, dtype, ignore)
+
+
+def load_cross_encoder(
+    folder: folder_lib.Folder, mesh: jax.sharding.Mesh
+) -> tuple[Config, Any]:
+  """Reads a BertForSequenceClassification with one label, in float32.
+
+  Every device of the mesh holds it whole.
+
+  Returns:
+    the config and the parameters of `CrossEncoder`.
+
+  Raises:
+    ValueError: as of `read_config` and `folder.stream`; no head, or one of
+      several labels.
+  """
+  config = read_config(folder)
+  head = folder.tensors.get('classifier.weight')
+  if head is None:
+    raise ValueError(
+        f'{folder.path}: there is no classifier.weight, so this model embeds '
+        'texts and scores no pairs: a reranker is a '
+        'BertForSequenceClassification, such as '
+        'cross-encoder/ms-marco-MiniLM-L6-v2.')
+  if head[0] != 1:
+    raise ValueError(
+        f'{folder.path}: classifier.weight has {head[0]} labels, and '
+        'nothing says which of them means that a passage answers a query: a '
+        'reranker has one.')
+  shapes = jax.eval_shape(
+      lambda: init_cross_encoder(config, jax.random.key(0)))
+  whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
+  table = {('bert', *leaf): tensor for leaf, tensor in tensors('bert.').items()}
+  table |= {
+      ('pooler',): Tensor('bert.pooler.dense.weight', 1),
+      ('pooler_bias',): Tensor('bert.pooler.dense.bias'),
+      ('head',): Tensor('classifier.weight', 1),
+      ('head_bias',): Tensor('classifier.bias')}
+  ignore = (r'^bert\.embeddings\.position_ids$',)
+  return config, folder_lib.stream(folder, table, shapes, whole, ignore=ignore)
 
 
 def tensors(prefix: str = '') -> folder_lib.Table:
@@ -271,8 +350,9 @@ _INERT = frozenset((
     'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout',
     'directionality', 'dtype', 'eos_token_id', 'finetuning_task',
     'gradient_checkpointing', 'hidden_dropout_prob', 'id2label',
-    'initializer_range', 'label2id', 'model_type', 'pad_token_id',
-    'problem_type', 'tie_word_embeddings', 'torch_dtype',
+    'initializer_range', 'label2id', 'model_type', 'num_labels',
+    'pad_token_id', 'problem_type', 'sbert_ce_default_activation_function',
+    'sentence_transformers', 'tie_word_embeddings', 'torch_dtype',
     'transformers_version', 'use_cache'))
 # Fields with a meaning, and the one value of it that is implemented.
 _FIXED = {'hidden_act': 'gelu', 'position_embedding_type': 'absolute'}
@@ -293,9 +373,10 @@ def read_config(folder: folder_lib.Folder) -> Config:
   raw, file = folder.config, folder.path / folder_lib.CONFIG
   if raw.get('model_type') != 'bert':
     raise ValueError(
-        f'{file}: model_type = {raw.get("model_type")!r} is not implemented as '
-        'an embedder; bert is (E5, BGE, MiniLM), and decoders that embed by '
-        'their last token are: qwen3, qwen2, llama.')
+        f'{file}: model_type = {raw.get("model_type")!r} is not implemented '
+        'here. Embedders may be bert (E5, BGE, MiniLM) and decoders that embed '
+        'by their last token (qwen3, qwen2, llama), rerankers bert (the '
+        'ms-marco cross-encoders, unlike bge-reranker, which is xlm-roberta).')
   for field, value in raw.items():
     if field in _FIXED and value != _FIXED[field]:
       raise ValueError(f'{file}: {field} = {value!r} is not implemented; '

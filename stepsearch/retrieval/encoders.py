@@ -14,7 +14,7 @@ left over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -107,30 +107,54 @@ class NeuralEmbedder:
     vectors = np.zeros([len(texts), self.dimensions], np.float32)
     encoded = self._tokenizer.encode_batch([prefix + text for text in texts])
     rows = [encoding.ids for encoding in encoded]
-    lengths = np.array([len(row) for row in rows], np.int32)
-    # The longest first: what is left for an incomplete batch is short.
-    order = np.argsort(-lengths, kind='stable')
-    order = order[lengths[order] > 0]
-    shards = self._layout.shards
-    tokens_a_batch = _TOKENS.get(self._layout.platform, _TOKENS_ELSEWHERE)
-    results = []
-    while len(order):
-      width = min(_width(int(lengths[order[0]])), self._max_length)
-      full = max(tokens_a_batch // width, 1)
-      size = shards * min(full, _power_of_two(-(-len(order) // shards)))
-      chosen, order = order[:size], order[size:]
-      tokens = np.zeros([size, width], np.int32)
-      for i, row in enumerate(chosen):
-        tokens[i, : lengths[row]] = rows[row]
-      known = np.zeros([size], np.int32)
-      known[: len(chosen)] = lengths[chosen]
-      placed = sharding.shard_batch((tokens, known), self._layout)
-      results.append((
-          chosen, _vectors(self._module, self._pooling, self._params, *placed)
-      ))
+    results = [
+        (chosen, _vectors(self._module, self._pooling, self._params, *arrays))
+        for chosen, arrays in batches(self._layout, self._max_length, rows)]
     for chosen, result in results:
       vectors[chosen] = jax.device_get(result)[: len(chosen)]
     return vectors
+
+
+def batches(
+    layout: sharding.Layout,
+    max_length: int,
+    tokens: Sequence[Sequence[int]],
+    *others: Sequence[Sequence[int]],
+) -> Iterator[tuple[np.ndarray, tuple[jax.Array, ...]]]:
+  """Puts texts on the devices, those of alike length together, in few shapes.
+
+  Args:
+    layout: whose shards share the rows of a batch.
+    max_length: tokens of a text at most.
+    tokens: of each text; those of none are left out.
+    *others: numbers beside the tokens, as many of each text.
+
+  Yields:
+    The texts of a batch, as indices, and [B, T] int32 tokens, [B] int32 lengths
+    and [B, T] int32 of each of `others`, on the devices; B may be larger than
+    the number of texts, and what lies behind them is zero.
+  """
+  lengths = np.array([len(row) for row in tokens], np.int32)
+  # The longest first: what is left for an incomplete batch is short.
+  order = np.argsort(-lengths, kind='stable')
+  order = order[lengths[order] > 0]
+  tokens_a_batch = _TOKENS.get(layout.platform, _TOKENS_ELSEWHERE)
+  while len(order):
+    width = min(_width(int(lengths[order[0]])), max_length)
+    full = max(tokens_a_batch // width, 1)
+    size = layout.shards * min(
+        full, _power_of_two(-(-len(order) // layout.shards)))
+    chosen, order = order[:size], order[size:]
+    arrays = []
+    for rows in (tokens, *others):
+      array = np.zeros([size, width], np.int32)
+      for i, row in enumerate(chosen):
+        array[i, : lengths[row]] = rows[row]
+      arrays.append(array)
+    known = np.zeros([size], np.int32)
+    known[: len(chosen)] = lengths[chosen]
+    arrays.insert(1, known)
+    yield chosen, sharding.shard_batch(tuple(arrays), layout)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -233,7 +257,7 @@ def load(
   folder = folder_lib.Folder(path)
   if mesh is None:
     mesh = sharding.make_mesh(devices=jax.local_devices())
-  tokenizer = _tokenizer(folder)
+  tokenizer = read_tokenizer(folder)
   pooling = _pooling(folder)
   if folder.config.get('model_type') in _DECODERS:
     config, params = _decoder(folder, mesh)
@@ -243,13 +267,7 @@ def load(
     config, params = encoder.load(folder, mesh)
     module, limit = encoder.Bert(config), config.positions
     pooling = pooling or 'mean'
-  largest = max(tokenizer.get_vocab().values())
-  if largest >= config.vocab_size:
-    raise ValueError(
-        f'{folder.path}: tokenizer.json has the token id {largest}, but'
-        f' config.json says vocab_size = {config.vocab_size}: they do not'
-        ' belong together, fetch the folder again.'
-    )
+  check_vocabulary(folder, tokenizer, config.vocab_size)
   prefixes = _prefixes(folder)
   return NeuralEmbedder(
       module,
@@ -260,7 +278,7 @@ def load(
       max_length=min(_max_length(folder) or limit, limit),
       query_prefix=prefixes[0] if query_prefix is None else query_prefix,
       passage_prefix=prefixes[1] if passage_prefix is None else passage_prefix,
-      digest=_digest(folder),
+      digest=digest(folder),
   )
 
 
@@ -277,7 +295,12 @@ def _decoder(folder, mesh):
   )
 
 
-def _tokenizer(folder):
+def read_tokenizer(folder: folder_lib.Folder) -> tokenizers.Tokenizer:
+  """The folder's tokenizer.json.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
   file = folder.path / 'tokenizer.json'
   if not file.exists():
     raise ValueError(
@@ -291,6 +314,23 @@ def _tokenizer(folder):
     raise ValueError(
         f'{file} cannot be read ({error}): fetch it again.'
     ) from error
+
+
+def check_vocabulary(
+    folder: folder_lib.Folder, tokenizer: tokenizers.Tokenizer, size: int
+) -> None:
+  """Refuses a tokenizer with ids beyond the model's embedding.
+
+  Raises:
+    ValueError: names the id and the size.
+  """
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= size:
+    raise ValueError(
+        f'{folder.path}: tokenizer.json has the token id {largest}, but'
+        f' config.json says vocab_size = {size}: they do not'
+        ' belong together, fetch the folder again.'
+    )
 
 
 def _pooling(folder) -> str | None:
@@ -387,12 +427,12 @@ def _family(folder) -> tuple[str, str, str | None]:
   return '', '', None
 
 
-def _digest(folder) -> str:
+def digest(folder: folder_lib.Folder) -> str:
   """A hash of all files that decide about a vector."""
-  digest = hashlib.blake2b(digest_size=8)
+  hashed = hashlib.blake2b(digest_size=8)
   files = [folder.path / name for name in (folder_lib.CONFIG, 'tokenizer.json')]
   for file in [*files, *sorted(folder.path.glob('*.safetensors'))]:
     with file.open('rb') as opened:
       while chunk := opened.read(2**24):
-        digest.update(chunk)
-  return digest.hexdigest()
+        hashed.update(chunk)
+  return hashed.hexdigest()

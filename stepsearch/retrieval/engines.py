@@ -5,6 +5,7 @@
     dense:ENCODER[@INDEX]        an encoder's folder; INDEX is what build_index
                                  made of the corpus with it
     fusion:bm25+dense:ENCODER    reciprocal ranks of others, joined by +
+    rerank:CROSS_ENCODER:ENGINE  the first 50 of another, ordered anew
     http://host:port             a server that speaks Search-R1's protocol
     serper, bing[:URL]           a web search API, or what speaks like it there
 
@@ -25,7 +26,7 @@ from stepsearch.retrieval import web
 from stepsearch.types import Document
 
 _DIMENSIONS = 2048  # of lexical; config.retriever's default
-_NEXT = re.compile(r'\+(?=lexical|bm25|dense:|https?:|serper|bing)')
+_NEXT = re.compile(r'\+(?=lexical|bm25|dense:|rerank:|https?:|serper|bing)')
 
 
 def make(
@@ -84,6 +85,11 @@ def _make(spec, corpus, k, known, made, limits):
     return service.from_url(spec, k, known=known, **limits)
   if kind in web.APIS:
     return web.WebSearch(kind, url=rest, **limits)
+  if kind == 'rerank' and ':' in rest:
+    return _reranked(
+        *rest.split(':', 1),
+        lambda part: make(
+            part, corpus, k=k, known=known, made=made, limits=limits))
   if kind == 'fusion' and rest:
     parts = _NEXT.split(rest)
     if len(parts) > 1:
@@ -93,7 +99,20 @@ def _make(spec, corpus, k, known, made, limits):
   raise ValueError(
       f'{spec!r} is no search engine: lexical, bm25, dense:ENCODER_FOLDER,'
       ' dense:ENCODER_FOLDER@INDEX_FOLDER, fusion:bm25+dense:…,'
-      ' http://host:port, serper or bing are expected.')
+      ' rerank:CROSS_ENCODER_FOLDER:ENGINE, http://host:port, serper or bing'
+      ' are expected.')
+
+
+def _reranked(folder, part, make_part):
+  from stepsearch.retrieval import rerank
+
+  try:
+    scorer = rerank.load(folder)
+  except ValueError as error:
+    raise ValueError(
+        f'rerank:{folder}: this is no usable cross-encoder: {error}'
+    ) from error
+  return rerank.Reranked(make_part(part), scorer)
 
 
 def _dense(folders, corpus):
