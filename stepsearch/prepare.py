@@ -281,6 +281,13 @@ def _keys(argv: Sequence[str]) -> NoReturn:
   prepare_keys.main(argv)
 
 
+def _gold(argv: Sequence[str]) -> NoReturn:
+  """The command that finds gold passages."""
+  from stepsearch import prepare_gold
+
+  prepare_gold.main(argv)
+
+
 def _inspect(argv: Sequence[str]) -> NoReturn:
   """The command that tells what files hold."""
   program, *rest = argv
@@ -412,6 +419,7 @@ def _counted(
 COMMANDS = {
     **{name: functools.partial(_published, name) for name in prepared.CONFIGS},
     'corpus': _corpus,
+    'gold': _gold,
     'keys': _keys,
     'inspect': _inspect,
 }

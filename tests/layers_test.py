@@ -34,7 +34,7 @@ _LAYERS = {
 }
 _SHARED_ENTRY = {
     'assembly', 'benchmark', 'config', 'report', 'evaluate_retrieval',
-    'prepare_keys'}
+    'prepare_gold', 'prepare_keys'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {
