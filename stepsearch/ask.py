@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ _COLOURS = {'think': '2', 'search': '36', 'answer': '1;32'}
 _WARNING = '33'
 
 
-class Player:
+class Searcher:
   """A checkpoint and its search engine; plays one question at a time.
 
   Only the first question compiles: those that follow have its shapes.
@@ -95,6 +96,9 @@ class Player:
       datasets.check([], passages, turn_rewards=False, k=config.rollout.k)
     self._search = assembly.engine(config, passages, self._scratch.name, say)
     self._collect = player.collector(player.protocol, self._search.search)
+    self._ends = [
+        player.tokenizer.byte_strings[i].decode()
+        for i in player.tokenizer.eos_ids]
     self._key = jax.random.key(config.seed)
     self._params, step = source.actor(player, self._key)
     self._asked = 0
@@ -122,16 +126,25 @@ class Player:
     example = types.Example(id='', question=question, answers=())
     trajectory, [transcript] = self._collect(
         self._params, [example], self._key, first_episode=self._asked,
-        greedy=self._greedy, on_turn=lambda _, turn: on_turn(turn))
+        greedy=self._greedy,
+        on_turn=lambda _, turn: on_turn(self._words(turn)))
     self._asked += 1
+    turns = [self._words(turn) for turn in transcript.turns]
     return {
         'question': question,
-        'answer': protocol.answer(transcript.turns[-1].text),
-        'turns': [_turn(turn) for turn in transcript.turns],
+        'answer': protocol.answer(turns[-1].text),
+        'turns': [_turn(turn) for turn in turns],
         'searches': transcript.searches,
         'tokens': int(np.sum(trajectory.loss_mask)),
         'seconds': round(time.perf_counter() - start, 3),
     }
+
+  def _words(self, turn: types.Turn) -> types.Turn:
+    """The turn without the token that ends a sequence."""
+    text = turn.text
+    for end in self._ends:
+      text = text.removesuffix(end)
+    return dataclasses.replace(turn, text=text)
 
 
 def _search_here(config, source, index, corpus, scratch):
@@ -204,7 +217,7 @@ class Screen:
     self._out.flush()
 
   def turn(self, turn: types.Turn) -> None:
-    """What is new of the newest turn; as `on_turn` of `Player`."""
+    """What is new of the newest turn; as `on_turn` of `Searcher`."""
     ended = turn.query is not None or bool(turn.observation)
     self._spans(turn.text, growing=not ended)
     if turn.observation:
@@ -290,13 +303,13 @@ class Screen:
 
 
 def ask(
-    player: Player, questions: Iterator[str], *, as_json: bool = False,
+    searcher: Searcher, questions: Iterator[str], *, as_json: bool = False,
     one: bool = False, typed: bool = False,
 ) -> None:
   """Answers questions on stdout.
 
   Args:
-    player: what answers.
+    searcher: what answers.
     questions: texts.
     as_json: one JSON object a question, and nothing else.
     one: there is but one; its failure is the caller's.
@@ -317,7 +330,7 @@ def ask(
     try:
       # An engine says there what it has to say.
       with contextlib.redirect_stdout(sys.stderr if as_json else out):
-        found = player(
+        found = searcher(
             question, (lambda turn: None) if as_json else screen.turn)
     except KeyboardInterrupt:
       if not typed:
@@ -371,27 +384,20 @@ if __name__ == '__main__':
   _TEMPERATURE = flags.DEFINE_float(
       'temperature', 0.0, 'Of sampling; 0: the most likely tokens.')
 
-  def _stored(overrides):
-    source = assembly.Checkpoint(_CHECKPOINT.value)
-    if not source.trained:
-      raise ValueError(
-          f'--checkpoint={source.root} is a Hugging Face folder, which does '
-          'not say how to search with it: give --config, such as '
-          '--config=configs/musique.py.')
-    return config_lib.stored(source.root, overrides)
-
   def _main(config):
     assembly.tune_host()
     as_json, one = _JSON.value, _QUESTION.value is not None
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-      player = Player(
+      searcher = Searcher(
           config, _CHECKPOINT.value, index=_INDEX.value, corpus=_CORPUS.value,
           k=_K.value, temperature=_TEMPERATURE.value, step=_STEP.value,
           say=(lambda line: None) if as_json else print)
     typed = not one and sys.stdin.isatty()
     questions = (
         [_QUESTION.value] if one else _typed() if typed else sys.stdin)
-    ask(player, filter(None, map(str.strip, questions)), as_json=as_json,
+    ask(searcher, filter(None, map(str.strip, questions)), as_json=as_json,
         one=one, typed=typed)
 
-  config_lib.main(_main, otherwise=_stored)
+  config_lib.main(
+      _main, otherwise=lambda overrides: assembly.Checkpoint(
+          _CHECKPOINT.value).config(overrides))

@@ -176,6 +176,19 @@ class Checkpoint:
           f'--step={step}: {path} is a Hugging Face folder, which has no '
           'steps; leave it out.')
 
+  def config(self, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The config of the run, as of `config.stored`.
+
+    Raises:
+      ValueError: it is a folder, or its config cannot be read.
+    """
+    if not self.trained:
+      raise ValueError(
+          f'--checkpoint={self.root} is a Hugging Face folder, which does not '
+          'say how to search with it: give --config, such as '
+          '--config=configs/benchmark.py.')
+    return config_lib.stored(self.root, overrides)
+
   def build(
       self, config: ml_collections.ConfigDict, workdir: Any, **options: Any
   ) -> Parts:

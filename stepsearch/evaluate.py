@@ -416,7 +416,9 @@ def _command(argv: Sequence[str]) -> None:
           config, checkpoint.value, output.value, step.value,
           sampled=sampled.value)
 
-  config_lib.main(main, argv=argv)
+  config_lib.main(
+      main, argv=argv, otherwise=lambda overrides: assembly.Checkpoint(
+          checkpoint.value).config(overrides))
 
 
 if __name__ == '__main__':

@@ -75,14 +75,14 @@ def folder(run, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     devices = jax.devices()[:1]
     patch.setattr(jax, 'devices', lambda *_: devices)
-    player = _player(run)
+    searcher = _searcher(run)
     hf.save(
-        path, player._collect._model, player._params, source=run / 'model')
+        path, searcher._collect._model, searcher._params, source=run / 'model')
   return path
 
 
-def _player(workdir, **options):
-  return ask.Player(
+def _searcher(workdir, **options):
+  return ask.Searcher(
       config_lib.stored(workdir), str(workdir), say=lambda line: None,
       **options)
 
@@ -133,7 +133,7 @@ def test_a_run_needs_nothing_but_its_workdir(run, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   shutil.copytree(run, tmp_path / 'moved')
   heard = []
-  found = _player(tmp_path / 'moved')('who is what ?', heard.append)
+  found = _searcher(tmp_path / 'moved')('who is what ?', heard.append)
   assert found.pop('seconds') > 0
   turns = found.pop('turns')
   # What `micro.searcher` writes: two words, twice, and a third.
@@ -150,23 +150,23 @@ def test_a_run_needs_nothing_but_its_workdir(run, tmp_path, monkeypatch):
 
 
 def test_only_the_first_question_compiles(run):
-  player = _player(run, temperature=1.0)
+  searcher = _searcher(run, temperature=1.0)
   compiled = []
 
   def note(event, _, **__):
     compiled.append('backend_compile' in event)
 
-  player('who ?')
+  searcher('who ?')
   jax.monitoring.register_event_duration_secs_listener(note)
   try:
-    player('what is the birthplace of the mayor of the capital of what ?')
+    searcher('what is the birthplace of the mayor of the capital of what ?')
   finally:
     jax.monitoring.unregister_event_duration_listener(note)
   assert not any(compiled)
 
 
 def test_another_answer_each_time_at_a_temperature(run, monkeypatch):
-  player = _player(run, temperature=0.5)
+  searcher = _searcher(run, temperature=0.5)
   seen = []
 
   def noted(self, *_, **options):
@@ -177,12 +177,12 @@ def test_another_answer_each_time_at_a_temperature(run, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(collect.Collector, '__call__', noted)
     with pytest.raises(ValueError, match='seen'):
-      player('who ?')
-    player._asked = 1
+      searcher('who ?')
+    searcher._asked = 1
     with pytest.raises(ValueError, match='seen'):
-      player('who ?')
+      searcher('who ?')
     with pytest.raises(ValueError, match='seen'):
-      _player(run)('who ?')
+      _searcher(run)('who ?')
   assert seen == [(False, 0, 0.5), (False, 1, 0.5), (True, 0, 1.0)]
 
 
@@ -194,9 +194,9 @@ def test_a_folder_searches_in_what_it_is_given(run, folder, tmp_path):
       for i, text in enumerate(('who is in', 'the place', 'of'))))
 
   def titles(k=None, **options):
-    player = ask.Player(
+    searcher = ask.Searcher(
         config, str(folder), k=k, say=lambda line: None, **options)
-    return [d['title'] for d in player('who ?')['turns'][0]['documents']]
+    return [d['title'] for d in searcher('who ?')['turns'][0]['documents']]
 
   # The query is 'is'.
   assert titles(k=1, corpus=str(corpus)) == ['T0']
@@ -208,7 +208,7 @@ def test_a_folder_searches_in_what_it_is_given(run, folder, tmp_path):
   # Beside a run, another corpus leaves its index alone.
   before = (run / 'index' / 'index.json').read_text()
   corpus.write_text('{"id": 1, "title": "mine", "text": "is is"}\n')
-  found = _player(run, corpus=str(corpus), k=1)('who ?')
+  found = _searcher(run, corpus=str(corpus), k=1)('who ?')
   assert found['turns'][0]['documents'][0]['title'] == 'mine'
   assert (run / 'index' / 'index.json').read_text() == before
 
@@ -222,15 +222,15 @@ def test_a_folder_searches_in_what_it_is_given(run, folder, tmp_path):
 ])
 def test_what_cannot_be_asked_is_said(run, options, said):
   with pytest.raises(ValueError, match=re.escape(said)):
-    _player(run, **options)
+    _searcher(run, **options)
 
 
 def test_a_folder_without_passages_and_a_prompt_that_is_too_long(run, folder):
   config = config_lib.stored(run, ['data.source=jsonl'])
   with pytest.raises(ValueError, match='--index=DIR.*--corpus=FILE'):
-    ask.Player(config, str(folder), say=lambda line: None)
+    ask.Searcher(config, str(folder), say=lambda line: None)
   with pytest.raises(ValueError, match='prompt_length = 32'):
-    _player(run)('who ' * 40)
+    _searcher(run)('who ' * 40)
 
 
 def test_plain_output(capsys):
