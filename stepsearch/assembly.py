@@ -287,10 +287,16 @@ def build(
         'eval', config.data.eval_questions, config.data.eval_hops,
         config.data.eval_shares, config.seed)
   else:
-    corpus, train, held_out = _read(config, training)
+    corpus, train, held_out = _read(config, training, say)
+  key_rewards = _key_rewards(config)
   datasets.check(
       train, corpus if _is_here(config) else None,
-      turn_rewards=_turn_rewards(config), k=config.rollout.k)
+      turn_rewards=_turn_rewards(config), k=config.rollout.k,
+      key_rewards=key_rewards)
+  keyless = sum(not example.search_keys for example in train)
+  if key_rewards and keyless:
+    say(f'{keyless:,} of {len(train):,} training questions have no search '
+        'keys: their key reward is 0')
 
   player = _player(
       config, workdir, update, decode, world, training, card, say)
@@ -558,6 +564,11 @@ def _turn_rewards(config) -> bool:
       config.reward.information_gain) and not config.reward.factory
 
 
+def _key_rewards(config) -> bool:
+  return config.algorithm == 'steppo' and config.reward.search_key and (
+      not config.reward.factory)
+
+
 def _check(config, training, card):
   if jax.process_count() != distributed.count():
     raise ValueError(
@@ -724,7 +735,7 @@ def _model(config, tokens, layouts, pretrained) -> qwen.Config:
   return qwen.Config(**sizes | dict(lora=adapters if adapters.rank else None))
 
 
-def _read(config, training):
+def _read(config, training, say):
   """Corpus and questions of source = jsonl."""
   # With a server the corpus tells what the gold documents of the questions
   # are; questions that spell them out, or have none, do without.
@@ -734,8 +745,8 @@ def _read(config, training):
     config_lib.require(
         config.data[name] or name in unneeded, f'data.{name}',
         config.data[name],
-        'data.source = jsonl needs this file; name it, or use '
-        'data.source=world.')
+        'data.source = jsonl needs this file; name it, or a set that `python '
+        '-m stepsearch.prepare` made, or use data.source=world.')
   corpus, by_id = [], None
   if config.data.corpus:
     corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
@@ -750,11 +761,12 @@ def _read(config, training):
   if not training:
     return corpus, [], held_out
   asked = {example.question for example in held_out}
-  train = [
-      example
-      for example in datasets.read_questions(
-          config.data.train, by_id, directory=config.data.directory)
-      if example.question not in asked]
+  read = datasets.read_questions(
+      config.data.train, by_id, directory=config.data.directory)
+  train = [example for example in read if example.question not in asked]
+  if train and len(train) < len(read):
+    say(f'{len(read) - len(train):,} questions of {config.data.train} are held '
+        'out, and not trained on')
   config_lib.require(
       train, 'data.train', config.data.train,
       'nothing is left to train on once the held-out questions are taken out: '

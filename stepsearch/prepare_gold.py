@@ -81,8 +81,8 @@ def run(
       written.append(example)
     if not written:
       raise ValueError(
-          f'{output} has no questions: none of {len(examples):,} is complete at '
-          f'--threshold={threshold}; lower it, or leave --complete out.')
+          f'{output} has no questions: none of {len(examples):,} is complete '
+          f'at --threshold={threshold}; lower it, or leave --complete out.')
   some = sum(
       any(c.confidence >= threshold for c in found[id(e)]) for e in bare)
   print(

@@ -179,7 +179,7 @@ def read_demonstrations(
 
 def check(
     examples: Sequence[Example], corpus: Sequence[Document] | None, *,
-    turn_rewards: bool, k: int
+    turn_rewards: bool, k: int, key_rewards: bool = False
 ):
   """Checks that questions, corpus and rewards can work together.
 
@@ -188,9 +188,11 @@ def check(
     corpus: the passages; only their number matters. None: not known.
     turn_rewards: whether information gain or redundancy is rewarded.
     k: passages retrieved a search.
+    key_rewards: whether queries are compared with search keys.
 
   Raises:
-    ValueError: turn rewards without gold passages, or k larger than the corpus.
+    ValueError: turn rewards where a question has no gold passages, key rewards
+      where none has search keys, or k larger than the corpus.
   """
   if corpus is not None and not 1 <= k <= len(corpus):
     raise ValueError(
@@ -202,9 +204,16 @@ def check(
     first = ', '.join(bare[:5]) + (', …' if len(bare) > 5 else '')
     raise ValueError(
         f'{len(bare)} of {len(examples)} questions have no gold documents'
-        f' ({first}), which the turn rewards compare with. Give each question'
-        ' its gold documents, or switch the turn rewards off in'
-        ' config.reward.*'
+        f' ({first}), which the turn rewards compare with. `python -m'
+        ' stepsearch.prepare gold` finds passages for them and says how sure it'
+        ' is; or train without, by config.reward.turn_reward=false, or by'
+        " config.algorithm=ppo, for which the answer's reward is all."
+    )
+  if key_rewards and examples and not any(e.search_keys for e in examples):
+    raise ValueError(
+        f'none of the {len(examples)} questions has search keys, which the key'
+        ' reward compares queries with. `python -m stepsearch.prepare keys`'
+        ' writes them; or train without, by config.reward.search_key=false.'
     )
 
 

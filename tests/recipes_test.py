@@ -1,0 +1,101 @@
+"""A user's own data, as in the README: what each kind of row suffices for."""
+
+import json
+
+import pytest
+
+from stepsearch import assembly
+from stepsearch import config as config_lib
+from stepsearch import tokenizer as tokenizer_lib
+
+_CORPUS = ['bero is the mayor of cuna', 'cuna is in dilo', 'alba is in efra',
+           'efra is in gomi']
+_PLAIN = {'question': 'who is the mayor of cuna ?', 'answer': 'bero'}
+_GOLD = {'gold': [{'title': '', 'text': 'bero is the mayor of cuna'}]}
+_IDS = {'gold': [0]}
+_KEYS = {'search_keys': [['mayor of cuna', 'who is mayor']]}
+_OUTCOME = 'algorithm=ppo'
+_TURNS = 'reward.search_key=false'
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+  """A tokenizer's folder."""
+  folder = tmp_path_factory.mktemp('words')
+  tokenizer_lib.from_words(
+      ' '.join([*_CORPUS, 'who born ? : . ,']).split(),
+      ['<think>', '</think>', '<search>', '</search>', '<information>',
+       '</information>', '<answer>', '</answer>']).save(folder)
+  return folder
+
+
+def _parts(tmp_path, words, rows, *overrides, training=True):
+  """What a run is made of, with these training questions."""
+  (tmp_path / 'corpus.jsonl').write_text(''.join(
+      json.dumps({'id': i, 'title': '', 'text': text}) + '\n'
+      for i, text in enumerate(_CORPUS)))
+  (tmp_path / 'train.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+  held_out = {'question': 'who is born in gomi ?', 'answer': 'alba'}
+  (tmp_path / 'eval.jsonl').write_text(json.dumps(held_out))
+  said = []
+  config = config_lib.load('configs/tiny.py', [
+      'data.source=jsonl', f'tokenizer={words}', 'retriever.index=exact',
+      'rollout.k=2', 'ppo.microbatch_size=8', *(
+          f'data.{name}={tmp_path}/{name}.jsonl'
+          for name in ('corpus', 'train', 'eval')), *overrides])
+  parts = assembly.build(
+      config, tmp_path / 'run', training=training, say=said.append)
+  return parts, said
+
+
+@pytest.mark.parametrize('rows, overrides', [
+    ([_PLAIN], [_OUTCOME]),
+    ([_PLAIN], ['reward.turn_reward=false', _TURNS]),
+    ([_PLAIN | _GOLD], [_TURNS]),
+    ([_PLAIN | _IDS], [_TURNS]),
+    ([_PLAIN | _KEYS], ['reward.turn_reward=false']),
+    ([_PLAIN | _GOLD | _KEYS], []),
+    ([_PLAIN | _GOLD | _KEYS], [_OUTCOME]),
+])
+def test_what_suffices(tmp_path, words, rows, overrides):
+  parts, said = _parts(tmp_path, words, rows, *overrides)
+  assert len(parts.train) == 1 and not any('key reward' in s for s in said)
+  found = parts.train[0]
+  assert [d.id for d in found.gold_documents] == (
+      ['0'] if 'gold' in rows[0] else [])
+  assert found.search_keys == tuple(
+      map(tuple, rows[0].get('search_keys', [])))
+
+
+@pytest.mark.parametrize('rows, overrides, advice', [
+    ([_PLAIN], [], ['1 of 1', 'prepare gold', 'turn_reward=false',
+                    'algorithm=ppo']),
+    ([_PLAIN], ['reward.turn_reward=false'], [
+        'none of the 1', 'prepare keys', 'search_key=false']),
+    ([_PLAIN | _GOLD], [], ['none of the 1', 'prepare keys']),
+    ([_PLAIN | _KEYS], [], ['1 of 1', 'prepare gold']),
+    ([_PLAIN | _GOLD | _KEYS, _PLAIN | {'question': 'who ?'}], [],
+     ['1 of 2', '(2)', 'prepare gold']),
+    ([_PLAIN | {'gold': [9]}], [_OUTCOME], ['line 1, field gold: "9"']),
+])
+def test_what_does_not_and_what_to_do(
+    tmp_path, words, rows, overrides, advice):
+  with pytest.raises(ValueError) as error:
+    _parts(tmp_path, words, rows, *overrides)
+  for part in advice:
+    assert part in str(error.value)
+
+
+def test_what_is_left_out_is_said(tmp_path, words):
+  held_out = {'question': 'who is born in gomi ?', 'answer': 'alba'}
+  rows = [_PLAIN | _GOLD | _KEYS, held_out,
+          _PLAIN | _GOLD | {'question': 'who ?'}]
+  parts, said = _parts(tmp_path, words, rows)
+  assert len(parts.train) == 2
+  assert any('1 questions of' in s and 'are held out' in s for s in said)
+  assert '1 of 2 training questions have no search keys: their key reward ' \
+      'is 0' in said
+  # Nothing of this is asked of those who only evaluate.
+  parts, said = _parts(tmp_path, words, [], training=False)
+  assert len(parts.eval) == 1 and not parts.train
