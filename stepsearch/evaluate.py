@@ -192,12 +192,11 @@ def run_benchmarks(
       'versions': assembly.versions()}
   records = {}
   for name, method in chosen.items():
-    protocol = method.protocol
     records[name] = benchmark.Record(
         out / name if len(chosen) > 1 else out,
         {'method': name, 'does': method.does, 'differs': method.differs,
-         'prompt': protocol.instruction,
-         'chat': protocol.chat or config.rollout.chat} | shared)
+         'prompt': method.protocol.instruction, 'chat': collectors[name].chat,
+         'prompt_file': prompt or None} | shared)
   ends = [
       player.tokenizer.byte_strings[i].decode()
       for i in player.tokenizer.eos_ids]

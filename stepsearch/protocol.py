@@ -101,7 +101,7 @@ class Protocol:
   # `CONCLUSION`, or the last line; the first line; in \boxed{}.
   answers: Literal['tags', 'conclusion', 'line', 'boxed'] = 'tags'
   thinks: bool = True  # the format asks for what `format_ok` asks for
-  chat: str = ''  # auto | on | off, instead of config.rollout.chat
+  chat: str = ''  # on | off, what config.rollout.chat = auto comes to
 
   def __post_init__(self):
     required = {'instruction': '{question}'}

@@ -1,6 +1,8 @@
 """Dialects of baselines: what stops, searches and answers in each."""
 
 import itertools
+import json
+import pathlib
 import re
 
 import jax
@@ -12,6 +14,7 @@ from stepsearch import protocol
 from stepsearch import types
 from stepsearch.rollout import collect as collect_lib
 
+SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 SENTENCES = protocol.Protocol(
     instruction='{question}', information_open='[', information_close=']',
     document='{text}', warning='', last_turn='so the answer is',
@@ -27,6 +30,13 @@ def test_a_method_asks_its_question_and_has_a_line_of_its_own(name):
       '{documents} {question}?')
   with pytest.raises(ValueError, match='needs {question}'):
     methods.make(name, 'no place')
+
+
+def test_a_prompt_of_ones_own_is_no_difference():
+  ours, theirs = (
+      methods.make('search_r1', prompt) for prompt in ('', '{question}'))
+  assert ours.differs.startswith(theirs.differs) and 'prompt' in ours.differs
+  assert 'prompt' not in theirs.differs
 
 
 def test_names_and_prompts_that_cannot_be():
@@ -117,6 +127,36 @@ def test_stops_against_a_search(stops):
     expected = first_stop(stops, data[:6])
     assert (state if state in (1, 2) else None) == (
         expected and expected[1]), data
+
+
+def test_transcripts_of_search_r1_are_as_its_preset_writes_them():
+  path = SHARED / 'data/raw/search_r1_3b_instruct_bamboogle_transcripts.json'
+  if not path.exists():
+    pytest.skip('no shared/data beside the repository')
+  preset = methods.make('search_r1').protocol
+  blocks = 0
+  for row in json.loads(path.read_text(encoding='utf-8')):
+    text = row['output']['final_response']
+    turns = protocol.split_transcript(text)
+    own = [piece for piece, written in preset.pieces(text) if written]
+    seen = [piece for piece, written in preset.pieces(text) if not written]
+    assert [turn.strip() for turn in own] == [turn.strip() for turn in turns]
+    for block in seen:
+      inner = block.strip().removeprefix('<information>').removesuffix(
+          '</information>')
+      found = re.findall(
+          r'Doc (\d+)\(Title: (.*?)\) (.*?)(?=\nDoc \d+\(Title: |$)', inner,
+          re.DOTALL)
+      documents = [
+          preset.document_text(i, types.Document('', title, text))
+          for i, (_, title, text) in enumerate(found, start=1)]
+      # The last may be followed by nothing, where the transcript ends.
+      assert preset.information(documents).startswith(block)
+      blocks += 1
+    if row['output']['stop_matched_text'] == '</answer>':
+      assert preset.keeps_format(turns)
+      assert preset.prediction(turns[-1]) == row['output']['pred']
+  assert blocks > 125
 
 
 # ── Played by the collector ──────────────────────────────────────────────────

@@ -177,6 +177,12 @@ class Collector:
     self._cache: dict[str, np.ndarray] = {}
     self._prefix = np.zeros([0], np.int32)
 
+  @property
+  def chat(self) -> str:
+    """As of `Tokenizer.prompt`: the config's, or what the protocol prefers."""
+    chat = self.config.chat
+    return (self._protocol.chat or chat) if chat == 'auto' else chat
+
   def prompt(self, question: str, documents: str = '') -> list[int]:
     """Prompt tokens of a question.
 
@@ -195,7 +201,7 @@ class Collector:
           r'\{question\}|\{documents\}', lambda found: fields[found[0]],
           instruction), '{question}'
     ids = self._tokenizer.prompt(
-        question, instruction, self._protocol.chat or self.config.chat)
+        question, instruction, self.chat)
     if len(ids) > self.config.prompt_length:
       raise ValueError(
           f'config.rollout.prompt_length = {self.config.prompt_length}, but '
