@@ -9,7 +9,9 @@ they were measured with, and DIR/transcripts.jsonl, a line a question, while it
 plays; the same command again plays what is missing. Without --datasets the
 held-out questions of the config are played, as training plays them.
 
-`python -m stepsearch.evaluate retrieval` measures search engines alone.
+`python -m stepsearch.evaluate retrieval` measures search engines alone,
+`… compare` puts evaluations beside published numbers, and `… transcripts`
+scores stored ones.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from stepsearch import benchmark
 from stepsearch import config as config_lib
 from stepsearch import distributed
 from stepsearch import evaluate_retrieval
+from stepsearch import evaluate_stored
 from stepsearch import evaluation
 from stepsearch import methods as methods_lib
 from stepsearch import metrics
@@ -390,6 +393,9 @@ def _command(argv: Sequence[str]) -> None:
       'config.seed; 0: all.', lower_bound=0)
   prompt = flags.DEFINE_string(
       'prompt', '', 'Text file with {question}: the prompt of the --method.')
+  compare = flags.DEFINE_bool(
+      'compare', False, 'Also write comparison.md: the numbers of --datasets '
+      'beside published ones, and what was measured differently.')
   data_dir = flags.DEFINE_string(
       'data_dir', '', 'Of prepared sets; config.data.directory by default.')
   joined = distributed.define_flags()
@@ -405,8 +411,12 @@ def _command(argv: Sequence[str]) -> None:
             corpus.value, step.value, methods=method.value,
             questions=questions.value, prompt=prompt.value,
             sampled=sampled.value)
+        if compare.value and distributed.index() == 0:
+          table = evaluate_stored.compare([output.value])
+          print(f'\n{table}', end='', flush=True)
+          paths.write(paths.Path(output.value) / 'comparison.md', table)
         return
-      for name in ('corpus', 'method', 'questions', 'prompt'):
+      for name in ('corpus', 'method', 'questions', 'prompt', 'compare'):
         if flags.FLAGS[name].present:
           raise ValueError(
               f'--{name}={flags.FLAGS[name].value}: this is of --datasets, '
@@ -422,4 +432,7 @@ def _command(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   config_lib.commands(
-      {'retrieval': evaluate_retrieval.command}, otherwise=_command)
+      {'retrieval': evaluate_retrieval.command,
+       'compare': evaluate_stored.compare_command,
+       'transcripts': evaluate_stored.transcripts_command},
+      otherwise=_command)
