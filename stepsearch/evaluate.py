@@ -412,7 +412,10 @@ def _command(argv: Sequence[str]) -> None:
             questions=questions.value, prompt=prompt.value,
             sampled=sampled.value)
         if compare.value and distributed.index() == 0:
-          table = evaluate_stored.compare([output.value])
+          folders = [paths.Path(output.value)]
+          if len(method.value) > 1:
+            folders = [folders[0] / name for name in method.value]
+          table = evaluate_stored.compare(folders)
           print(f'\n{table}', end='', flush=True)
           paths.write(paths.Path(output.value) / 'comparison.md', table)
         return

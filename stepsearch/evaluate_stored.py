@@ -136,7 +136,7 @@ def _files(name: paths.Address) -> list[paths.Path]:
   with paths.explained(path):
     if not path.is_dir():
       return [path]
-    found = sorted([*path.glob('eval.json'), *path.glob('*/eval.json')])
+    found = [*path.glob('eval.json')] or sorted(path.glob('*/eval.json'))
   if not found:
     raise ValueError(
         f'{path}: there is no eval.json in it, nor in a folder in it; give the '
