@@ -65,13 +65,17 @@ def get_config(arg=''):
       train_entities=240, eval_entities=120, name_words=40, same_type=False))
 
   config.retriever = ConfigDict(dict(
+      method='dense',  # dense | bm25 | fusion: of both, by reciprocal ranks
       embedder='lexical',  # or the folder of an encoder: E5, BGE, MiniLM, ...
       dimensions=2048,  # of lexical
       # Put before the encoder's texts; None = as it was trained.
       query_prefix=config_dict.placeholder(str),
       passage_prefix=config_dict.placeholder(str),
       index='auto',  # auto | scann | exact
-      directory='',  # '' = <workdir>/index
+      directory='',  # '' = <workdir>/index; BM25's of fusion in <it>-bm25
+      fusion_constant=60.0, fusion_depth=100,  # documents asked of each
+      # Folder of a cross-encoder that orders so many candidates anew; '' = off.
+      reranker='', rerank_candidates=50,
       # Of several processes each holds the index, or a shard of it: replicated
       # | sharded.
       placement='replicated',

@@ -30,6 +30,7 @@ import numpy as np
 
 from stepsearch import assembly
 from stepsearch import config as config_lib
+from stepsearch import engine as engine_lib
 from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
@@ -94,7 +95,7 @@ class Searcher:
       passages = datasets.read_corpus(
           config.data.corpus, config.data.directory)
       datasets.check([], passages, turn_rewards=False, k=config.rollout.k)
-    self._search = assembly.engine(config, passages, self._scratch.name, say)
+    self._search = engine_lib.build(config, passages, self._scratch.name, say)
     self._collect = player.collector(player.protocol, self._search.search)
     self._ends = [
         player.tokenizer.byte_strings[i].decode()

@@ -9,10 +9,8 @@ any compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import contextlib
 import ctypes
 import dataclasses
-import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -31,6 +29,7 @@ import numpy as np
 from stepsearch import checkpoints
 from stepsearch import config as config_lib
 from stepsearch import distributed
+from stepsearch import engine as engine_lib
 from stepsearch import paths
 from stepsearch import protocol as protocol_lib
 from stepsearch import sharding
@@ -45,11 +44,7 @@ from stepsearch.models import folder as folder_lib
 from stepsearch.models import hf
 from stepsearch.models import lora
 from stepsearch.models import qwen
-from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever as retriever_lib
-from stepsearch.retrieval import service
-from stepsearch.retrieval import shards
-from stepsearch.retrieval import web
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
@@ -290,7 +285,7 @@ def build(
     corpus, train, held_out = _read(config, training, say)
   key_rewards = _key_rewards(config)
   datasets.check(
-      train, corpus if _is_here(config) else None,
+      train, corpus if engine_lib.is_here(config) else None,
       turn_rewards=_turn_rewards(config), k=config.rollout.k,
       key_rewards=key_rewards)
   keyless = sum(not example.search_keys for example in train)
@@ -309,7 +304,7 @@ def build(
   gold = [
       document for example in (*train, *held_out)
       for document in example.gold_documents]
-  found = engine(config, corpus, workdir, say, gold)
+  found = engine_lib.build(config, corpus, workdir, say, gold)
   say((f'{len(corpus):,} passages, ' if corpus else '')
       + f'{len(train):,} training and {len(held_out):,} held-out questions, '
       f'{player.tokenizer.vocab_size:,} tokens')
@@ -341,29 +336,6 @@ def _player(
       learner=made.learner, rollout=made.rollout)
 
 
-def engine(
-    config: ml_collections.ConfigDict, corpus: Sequence[types.Document],
-    workdir: Any, say: Callable[[str], None] = print,
-    gold: Sequence[types.Document] = (),
-) -> retriever_lib.Engine:
-  """The search engine that all processes of a run ask together.
-
-  Args:
-    config: its `retriever` counts.
-    corpus: what is searched; empty where a server has its own.
-    workdir: where an index is kept, unless config.retriever.directory says.
-    say: prints a line of progress.
-    gold: documents of the corpus that a server's are known again by.
-
-  Raises:
-    ValueError: one paragraph naming field or file, value and remedy.
-  """
-  return shards.distribute(
-      _retriever(config, corpus, workdir, say, gold),
-      functools.partial(distributed.exchange, channel='search'),
-      distributed.index(), distributed.count())
-
-
 def retriever(
     config: ml_collections.ConfigDict, say: Callable[[str], None] = print
 ) -> retriever_lib.Engine:
@@ -374,7 +346,7 @@ def retriever(
   """
   c = config.retriever
   config_lib.require(
-      _is_here(config), 'retriever.url', c.url or c.web,
+      engine_lib.is_here(config), 'retriever.url', c.url or c.web,
       'what is served has to be here, not behind another server: leave it out, '
       'and retriever.web.')
   config_lib.require(
@@ -385,7 +357,7 @@ def retriever(
         world_lib.Config(**config.world.to_dict()), config.seed).corpus
   else:
     corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
-  return _retriever(config, corpus, c.directory, say)
+  return engine_lib.build(config, corpus, c.directory, say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -740,7 +712,7 @@ def _read(config, training, say):
   # With a server the corpus tells what the gold documents of the questions
   # are; questions that spell them out, or have none, do without.
   unneeded = [] if training else ['train']
-  unneeded += [] if _is_here(config) else ['corpus']
+  unneeded += [] if engine_lib.is_here(config) else ['corpus']
   for name in ('corpus', 'train', 'eval'):
     config_lib.require(
         config.data[name] or name in unneeded, f'data.{name}',
@@ -788,79 +760,6 @@ def _tokenizer(config, world, pretrained):
       [*world.words, *protocol_lib.SHORT_WORDS], protocol_lib.TAGS)
 
 
-def _is_here(config) -> bool:
-  """Whether what is searched is a corpus that this run reads."""
-  return not (config.retriever.url or config.retriever.web)
-
-
-def _retriever(config, corpus, workdir, say, gold=()):
-  c = config.retriever
-  prefixes = dict(
-      query_prefix=c.query_prefix, passage_prefix=c.passage_prefix)
-  for field, prefix in prefixes.items():
-    config_lib.require(
-        prefix is None or c.embedder != 'lexical', f'retriever.{field}', prefix,
-        'config.retriever.embedder = lexical takes no prefix: leave it out, or '
-        'name the folder of an encoder.')
-  config_lib.choice('retriever.index', c.index, ('auto', 'scann', 'exact'))
-  config_lib.choice(
-      'retriever.placement', c.placement, ('replicated', 'sharded'))
-  config_lib.choice('retriever.web', c.web, ('', *web.APIS))
-  others = {
-      name: c[name] for name in ('url', 'web', 'factory') if c[name]}
-  config_lib.require(
-      c.placement == 'replicated' or not others,
-      'retriever.placement', c.placement,
-      'what is behind retriever.url, web or factory is not split here: leave '
-      'it out.')
-  config_lib.require(
-      len(others) < 2, f'retriever.{next(iter(others), "")}', others,
-      'each of them is an engine: leave one out.')
-  config_lib.require(
-      c.url or c.web or not (c.cache or c.per_second), 'retriever.cache',
-      c.cache or c.per_second,
-      'cache and per_second belong to retriever.url and web: leave them out.')
-  config_lib.require(
-      c.web or not (c.web_url or c.web_key), 'retriever.web', c.web,
-      'web_url and web_key are of a web search API: name it, serper or bing.')
-  patience = dict(timeout=c.timeout, retries=c.retries, give_up=c.give_up)
-  limits = dict(cache=c.cache, per_second=c.per_second)
-  if c.url:
-    return service.from_url(
-        c.url, config.rollout.k, known=gold, first=distributed.index(),
-        say=say, **limits, **patience)
-  if c.web:
-    return web.patient(
-        c.web, config.rollout.k, url=c.web_url, key_variable=c.web_key,
-        say=say, **limits, **patience)
-  if c.factory:
-    return retriever_lib.from_factory(c.factory, c, **patience)
-  directory = c.directory or os.path.join(os.fspath(workdir), 'index')
-  shard = (0, 1)
-  if c.placement == 'sharded' and distributed.count() > 1:
-    shard = distributed.index(), distributed.count()
-  directory = retriever_lib.shard_directory(directory, shard)
-  embedder = c.embedder
-  if embedder != 'lexical':
-    try:
-      embedder = encoders.load(embedder, **prefixes)
-    except ValueError as error:
-      raise ValueError(
-          f'config.retriever.embedder = {c.embedder!r} is neither lexical nor '
-          f'a usable encoder: {error}') from error
-    say(f'{c.embedder}: {embedder.fingerprint}')
-  # One builds what all read; shards are built by their owners.
-  with distributed.first('index') if shard[1] == 1 else (
-      contextlib.nullcontext()):
-    engine = retriever_lib.build(
-        corpus, embedder=embedder, dimensions=c.dimensions, index=c.index,
-        directory=directory, shard=shard)
-  if shard[1] > 1:  # one may have its shard already, another may encode it
-    distributed.barrier('shards', float('inf'))
-  say(f'index of {len(engine):,} passages in {directory}')
-  return engine
-
-
 def _reward(config) -> rewards.Config | Score:
   """The reward's settings, or the user's own."""
   c = config.reward.to_dict()
@@ -882,7 +781,9 @@ def _score(config, reward, engine) -> Score:
       reward.similarity != 'retriever' or embed is not None,
       'reward.similarity', reward.similarity,
       'a server (config.retriever.url, web) does not embed texts: use tfidf.'
-      if not _is_here(config) else
+      if not engine_lib.is_here(config) else
+      'BM25 (config.retriever.method) has no vectors: use tfidf, or method = '
+      'dense or fusion.' if config.retriever.method == 'bm25' else
       'the engine of config.retriever.factory has no embed(texts) -> [n, d]; '
       'use tfidf, or give it one.')
   return lambda examples, transcripts: rewards.score(

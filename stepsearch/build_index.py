@@ -8,9 +8,15 @@ Building ends with a comparison of the index against exact search, on titles of
 the corpus as queries. --shard=3/16 builds DIR/shard-00003-of-00016, what
 process 3 of 16 loads with config.retriever.placement=sharded.
 
+    python -m stepsearch.build_index --method=bm25 --corpus=… --output=DIR-bm25
+
+builds that of config.retriever.method=bm25 or fusion. A corpus too large to be
+embedded in one go is encoded by `python -m stepsearch.encode` first:
+
+    python -m stepsearch.build_index --vectors=VECTORS --corpus=… --output=DIR
     python -m stepsearch.build_index --estimate=21015324x768
 
-prints what an index of so many passages and coordinates would take.
+The last prints what an index of so many passages and coordinates would take.
 """
 
 from __future__ import annotations
@@ -20,9 +26,12 @@ import time
 
 import numpy as np
 
+from stepsearch import assembly
 from stepsearch import config as config_lib
 from stepsearch.data import datasets
+from stepsearch.retrieval import bm25
 from stepsearch.retrieval import embed
+from stepsearch.retrieval import encoding
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import memory
 from stepsearch.retrieval import retriever as retrieval
@@ -35,19 +44,23 @@ def run(
     corpus: str,
     output: str,
     *,
+    method: str = 'dense',
+    vectors: str | None = None,
     embedder: str = 'lexical',
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
-    dimensions: int,
-    index: str,
+    dimensions: int = 2048,
+    index: str = 'auto',
     shard: tuple[int, int] = (0, 1),
     **parameters,
-):
+) -> float | None:
   """Builds and saves an index, replacing one that is at `output`.
 
   Args:
-    corpus: a file that `datasets.read_corpus` reads.
+    corpus: as of `datasets.read_corpus`.
     output: the folder to write.
+    method: dense | bm25; the other arguments are of dense.
+    vectors: what `stepsearch.encode` has filled; None: embed here.
     embedder: 'lexical', or the folder of an encoder.
     query_prefix: of the encoder, as of `encoders.load`.
     passage_prefix: of the encoder, as of `encoders.load`.
@@ -57,28 +70,25 @@ def run(
     **parameters: of `retrieval.index.build`.
 
   Returns:
-    The share of exact search's ten nearest that the index finds.
+    The share of exact search's ten nearest that the index finds; None of BM25.
   """
   start = time.monotonic()
-  output = retrieval.shard_directory(output, shard)
   documents = datasets.read_corpus(corpus)
   print(f'{len(documents)} documents in {corpus}', flush=True)
-  made = _embedder(embedder, query_prefix, passage_prefix, dimensions)
+  if method == 'bm25':
+    built = bm25.build(
+        documents, directory=output, replace=True, progress=_progress('read'))
+    print(f'{built.parameters} saved to {output}')
+    print(f'done in {time.monotonic() - start:.0f} s')
+    return None
+  output = retrieval.shard_directory(output, shard)
+  if vectors is None:
+    made = _embedder(embedder, query_prefix, passage_prefix, dimensions)
+    rows = None
+  else:
+    made = _encoded(vectors, documents)
+    rows = encoding.gather(vectors, shard)
   print(made.fingerprint, flush=True)
-  embedding_start = time.monotonic()
-  shown = embedding_start
-
-  def progress(done: int, total: int):
-    nonlocal shown
-    now = time.monotonic()
-    if now - shown > 1 or done == total:
-      shown = now
-      left = (now - embedding_start) / done * (total - done)
-      print(
-          f'embedded {done}/{total} ({done / total:.0%}), {left:.0f} s left',
-          flush=True,
-      )
-
   built = retrieval.build(
       documents,
       embedder=made,
@@ -86,11 +96,14 @@ def run(
       directory=output,
       replace=True,
       shard=shard,
-      progress=progress,
+      progress=_progress('embedded'),
+      vectors=rows,
       **parameters,
   )
   print(f'{built.index.parameters} saved to {output}', flush=True)
-  recall = _recall(retrieval.load(output, embedder=made, index=index))
+  recall = _recall(
+      retrieval.load(output, embedder=made, index=index),
+      embeds=vectors is None)
   print(f'recall@10 against exact search: {recall:.4f}')
   if recall < _LOW_RECALL:
     print(
@@ -99,6 +112,35 @@ def run(
     )
   print(f'done in {time.monotonic() - start:.0f} s')
   return recall
+
+
+def _progress(verb):
+  """Prints how far it is, once a second."""
+  start = shown = time.monotonic()
+
+  def progress(done: int, total: int):
+    nonlocal shown
+    now = time.monotonic()
+    if now - shown > 1 or done == total:
+      shown = now
+      left = (now - start) / done * (total - done)
+      print(
+          f'{verb} {done}/{total} ({done / total:.0%}), {left:.0f} s left',
+          flush=True,
+      )
+
+  return progress
+
+
+def _encoded(vectors, documents):
+  """What stands for the encoder of `vectors`, which must be of the corpus."""
+  plan = encoding.read_plan(vectors)
+  found = retrieval.corpus_fingerprint(documents)
+  if plan.corpus != found:
+    raise ValueError(
+        f'--vectors={vectors} are of another corpus: of "{plan.corpus}", but'
+        f' --corpus has "{found}".')
+  return encoding.Encoded(plan.dimensions, plan.embedder)
 
 
 def _embedder(name, query_prefix, passage_prefix, dimensions):
@@ -122,20 +164,34 @@ def _embedder(name, query_prefix, passage_prefix, dimensions):
     ) from error
 
 
-def _recall(built: retrieval.Retriever) -> float:
-  """Share of exact search's nearest among the index' own, on a sample."""
+def _recall(built: retrieval.Retriever, embeds: bool) -> float:
+  """Share of exact search's nearest among the index' own, on a sample.
+
+  Queries are titles, or passages where the encoder is not there.
+  """
   k = min(10, len(built))
   size = min(_SAMPLE, len(built))
   chosen = np.random.default_rng(0).choice(len(built), size, replace=False)
   queries = built.embedder.embed_queries(
       [built.documents[i].title or built.documents[i].text for i in chosen]
-  )
+  ) if embeds else built.index.vectors[chosen]
   exact = indexing.Index(built.index.vectors, built.index.parameters)
   wanted, _ = exact.exact_search(queries, k)
   found, _ = built.index.search(queries, k)
   return float(
       np.mean([np.isin(w, f).mean() for w, f in zip(wanted, found)])
   )
+
+
+def _check(method, vectors, shard, embedder, **_):
+  if method == 'bm25' and (vectors or embedder != 'lexical' or shard[1] > 1):
+    raise ValueError(
+        '--method=bm25 takes no --embedder, --vectors or --shard: leave them'
+        ' out.')
+  if vectors and embedder != 'lexical':
+    raise ValueError(
+        f'--embedder={embedder}: --vectors={vectors} have been made with an'
+        ' encoder already, which is not needed here: leave it out.')
 
 
 def _main(estimate: str | None, shard: str, **arguments):
@@ -157,7 +213,10 @@ def _main(estimate: str | None, shard: str, **arguments):
     raise ValueError(
         f'--shard={shard}: p/P is expected, shard p of P, counted from 0.'
     )
-  run(shard=(int(match[1]), int(match[2])), **arguments)
+  arguments['shard'] = int(match[1]), int(match[2])
+  _check(**arguments)
+  assembly.tune_host()
+  run(**arguments)
 
 
 if __name__ == '__main__':
@@ -174,6 +233,10 @@ if __name__ == '__main__':
       'estimate', None,
       'PASSAGESxDIMENSIONS: print what an index would take, and stop.',
   )
+  _METHOD = flags.DEFINE_enum(
+      'method', 'dense', ('dense', 'bm25'), 'Vectors, or words.')
+  _VECTORS = flags.DEFINE_string(
+      'vectors', None, 'Folder that stepsearch.encode has filled.')
   _EMBEDDER = flags.DEFINE_string(
       'embedder', 'lexical', "'lexical', or the folder of an encoder."
   )
@@ -212,6 +275,8 @@ if __name__ == '__main__':
           _SHARD.value,
           corpus=_CORPUS.value,
           output=_OUTPUT.value,
+          method=_METHOD.value,
+          vectors=_VECTORS.value,
           embedder=_EMBEDDER.value,
           query_prefix=_QUERY_PREFIX.value,
           passage_prefix=_PASSAGE_PREFIX.value,

@@ -29,6 +29,7 @@ from stepsearch import assembly
 from stepsearch import benchmark
 from stepsearch import config as config_lib
 from stepsearch import distributed
+from stepsearch import engine as engine_lib
 from stepsearch import evaluate_retrieval
 from stepsearch import evaluate_stored
 from stepsearch import evaluation
@@ -280,7 +281,7 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
       folder = config.retriever.directory or str(
           out / 'index' / ('{dataset}' if '{dataset}' in corpus else ''))
       of_set.retriever.directory = folder.replace('{dataset}', name)
-      engine = assembly.engine(
+      engine = engine_lib.build(
           of_set, documents, out, say,
           [document for e in asked for document in e.gold_documents])
       made[where] = documents, engine

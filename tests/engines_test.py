@@ -10,6 +10,11 @@ import sys
 import numpy as np
 import pytest
 
+from configs import default
+from stepsearch import assembly
+from stepsearch import build_index
+from stepsearch import engine as engine_lib
+from stepsearch import passages
 from stepsearch.retrieval import bm25
 from stepsearch.retrieval import engines
 from stepsearch.retrieval import fusion
@@ -236,3 +241,64 @@ def test_bm25_finds_what_was_measured_elsewhere(name, at_3, at_5):
 
   assert recall(3) == pytest.approx(at_3, abs=0.03)
   assert recall(5) == pytest.approx(at_5, abs=0.03)
+
+
+# ---- the engine of a config
+
+
+def _config(**leaves):
+  config = default.get_config()
+  config.retriever.update(dict(dimensions=64, index='exact') | leaves)
+  return config
+
+
+def test_the_config_names_the_method(tmp_path):
+  said = []
+  make = lambda config, folder: engine_lib.build(
+      config, _DOCUMENTS, tmp_path / folder, said.append)
+  words = make(_config(method='bm25'), 'words')
+  assert words.search(['capital'], 5) == bm25.build(_DOCUMENTS).search(
+      ['capital'], 5)
+  assert 'BM25 index of 5 passages' in said[-1]
+  fused = make(_config(method='fusion', fusion_constant=2.0), 'both')
+  assert isinstance(fused, fusion.Fusion)
+  assert fused.search(['capital of France'], 1)[0][0].score == pytest.approx(
+      1 / 3 + 1 / 3)
+  assert {path.name for path in (tmp_path / 'both').iterdir()} == {
+      'index', 'index-bm25'}
+  # What build_index makes is loaded.
+  corpus = tmp_path / 'corpus.jsonl'
+  passages.write(corpus, _DOCUMENTS)
+  build_index.run(str(corpus), str(tmp_path / 'built'), method='bm25')
+  before = (tmp_path / 'built' / 'index.json').stat().st_mtime_ns
+  make(_config(method='bm25', directory=str(tmp_path / 'built')), 'unused')
+  assert (tmp_path / 'built' / 'index.json').stat().st_mtime_ns == before
+  assert not (tmp_path / 'unused').exists()
+
+
+def test_rewards_need_vectors_that_bm25_has_not(tmp_path):
+  config = _config(method='bm25')
+  config.reward.similarity = 'retriever'
+  engine = engine_lib.build(config, _DOCUMENTS, tmp_path, lambda _: None)
+  with pytest.raises(ValueError, match='BM25 .*has no vectors: use tfidf'):
+    assembly._score(config, assembly._reward(config), engine)
+  config.retriever.method = 'fusion'
+  config.retriever.directory = str(tmp_path / 'both')
+  engine = engine_lib.build(config, _DOCUMENTS, tmp_path, lambda _: None)
+  assembly._score(config, assembly._reward(config), engine)
+
+
+@pytest.mark.parametrize('leaves, message', [
+    (dict(method='tfidf'), "method = 'tfidf' is none of"),
+    (dict(method='bm25', embedder='models/e5'), 'embedder = .*embeds nothing'),
+    (dict(method='bm25', placement='sharded'), 'placement = .*mapped'),
+    (dict(method='bm25', url='http://a:1'), 'method = .*of their own'),
+    (dict(method='fusion', factory='a:b'), 'method = .*of their own'),
+    (dict(fusion_depth=0), 'fusion_depth = 0: must be at least 1'),
+    (dict(fusion_constant=-1.0), 'fusion_constant = -1.0'),
+    (dict(rerank_candidates=0), 'rerank_candidates = 0'),
+    (dict(reranker='models/none'), 'reranker = .*no usable cross-encoder'),
+])
+def test_configs_that_are_refused(tmp_path, leaves, message):
+  with pytest.raises(ValueError, match='config.retriever.' + message):
+    engine_lib.build(_config(**leaves), _DOCUMENTS, tmp_path, print)

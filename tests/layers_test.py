@@ -10,8 +10,8 @@
        client; below all, paths and rendezvous
 
 Downward only. Inside a layer, only siblings of one package see each other, and
-entry points may read `assembly`, `benchmark`, `config` and `report`, and a
-command's module.
+entry points may read `assembly`, `benchmark`, `config`, `engine` and `report`,
+and a command's module.
 """
 
 import ast
@@ -33,8 +33,8 @@ _LAYERS = {
     'rollout.generate': 3, 'evaluation': 3, 'warmup': 3,
 }
 _SHARED_ENTRY = {
-    'assembly', 'benchmark', 'config', 'report', 'evaluate_retrieval',
-    'evaluate_stored', 'prepare_gold', 'prepare_keys'}
+    'assembly', 'benchmark', 'config', 'engine', 'report',
+    'evaluate_retrieval', 'evaluate_stored', 'prepare_gold', 'prepare_keys'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {

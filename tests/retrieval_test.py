@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from stepsearch import assembly
 from stepsearch import build_index
+from stepsearch import engine as engine_lib
 from stepsearch.retrieval import embed
 from stepsearch.retrieval import encoders
 from stepsearch.retrieval import index
@@ -681,24 +681,24 @@ def test_config_and_command_name_an_encoder(encoder, minilm, tmp_path, capsys):
       embedder=minilm, directory=str(tmp_path / 'index'), **settings)
   before = (tmp_path / 'index' / 'index.json').stat().st_mtime_ns
   said = []
-  engine = assembly._retriever(config, _DOCUMENTS, tmp_path, said.append)
+  engine = engine_lib.build(config, _DOCUMENTS, tmp_path, said.append)
   assert (tmp_path / 'index' / 'index.json').stat().st_mtime_ns == before
   assert engine.embedder.query_prefix == 'Q: '
   assert any("query_prefix='Q: '" in line for line in said)
   config.retriever.query_prefix = None
   with pytest.raises(index.IndexMismatchError):
-    assembly._retriever(config, _DOCUMENTS, tmp_path, said.append)
+    engine_lib.build(config, _DOCUMENTS, tmp_path, said.append)
 
 
 def test_an_embedder_that_cannot_be_had(tmp_path):
   config = default.get_config()
   config.retriever.query_prefix = 'query: '
   with pytest.raises(ValueError, match="query_prefix = 'query: '.*lexical"):
-    assembly._retriever(config, _DOCUMENTS, tmp_path, print)
+    engine_lib.build(config, _DOCUMENTS, tmp_path, print)
   config.retriever.embedder = str(tmp_path / 'e5')
   with pytest.raises(
       ValueError, match='config.retriever.embedder = .*no such folder'):
-    assembly._retriever(config, _DOCUMENTS, tmp_path, print)
+    engine_lib.build(config, _DOCUMENTS, tmp_path, print)
   corpus = _write_corpus(tmp_path / 'corpus.jsonl')
   run = lambda **settings: build_index.run(
       corpus, str(tmp_path / 'index'), dimensions=64, index='exact', **settings)

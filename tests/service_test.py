@@ -21,6 +21,7 @@ import pytest
 from configs import default
 from stepsearch import assembly
 from stepsearch import config as config_lib
+from stepsearch import engine as engine_lib
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import service
 from stepsearch.types import Document
@@ -556,11 +557,11 @@ def _config(url, **retriever_leaves):
 def test_the_config_names_a_server(url, engine, tmp_path):
   config = _config(url)
   said = []
-  remote = assembly._retriever(config, [], tmp_path, said.append)
+  remote = engine_lib.build(config, [], tmp_path, said.append)
   assert remote.search(_QUERIES, 3) == engine.search(_QUERIES, 3)
   assert not list(tmp_path.iterdir())  # no index is built
   with pytest.raises(ValueError, match=r'retriever\.url .*leave one out'):
-    assembly._retriever(
+    engine_lib.build(
         _config(url, factory='a:b'), [], tmp_path, said.append)
   config.reward.similarity = 'retriever'
   with pytest.raises(ValueError, match='similarity .*server.*tfidf'):
@@ -578,13 +579,13 @@ def test_with_a_server_the_corpus_is_for_gold_documents_only(tmp_path):
       tmp_path / 'q.jsonl',
       {'id': 1, 'question': 'Who?', 'answers': ['Ada'], 'gold': ['a']})
   with pytest.raises(ValueError, match='config.data.corpus'):
-    assembly._read(config, training=False, questions=True)
+    assembly._read(config, training=False, say=print)
   config.retriever.url = 'http://127.0.0.1:1'
-  corpus, _, (example,) = assembly._read(config, training=False, questions=True)
+  corpus, _, (example,) = assembly._read(config, training=False, say=print)
   assert (corpus, example.gold_documents) == ([], ())
   config.data.corpus = _write(
       tmp_path / 'c.jsonl', {'id': 'a', 'title': 'Ada', 'text': 'Born.'})
-  corpus, _, (example,) = assembly._read(config, training=False, questions=True)
+  corpus, _, (example,) = assembly._read(config, training=False, say=print)
   assert example.gold_documents == (Document('a', 'Ada', 'Born.'),)
 
 

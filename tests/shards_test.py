@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from stepsearch import assembly
 from stepsearch import build_index
 from stepsearch import distributed
+from stepsearch import engine as engine_lib
 from stepsearch import passages
 from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever
@@ -28,6 +28,7 @@ def _corpus(size=203):
   return [Document(f'd{i}', f't{i % 5}', text) for i, text in enumerate(texts)]
 
 
+_LOCK = threading.RLock()
 _CORPUS = _corpus()
 _QUERIES = ['w1 w2', ' ', 'w3', _CORPUS[0].text, 'xyzzy', 't1 w7 w7 w8',
             *(d.text for d in _CORPUS[5:12])]
@@ -189,6 +190,48 @@ def test_where_one_fails_all_do(error, kind):
     assert type(raised) is kind and str(raised) == 'process 1: it is down'
 
 
+def test_processes_share_what_is_scored():
+  class Scorer:
+    fingerprint = 'lengths'
+    asked = []
+
+    def score(self, pairs):
+      self.asked.append(len(pairs))
+      return np.array([len(a + b) for a, b in pairs], np.float32)
+
+  pairs = [('a' * i, 'b') for i in range(7)]
+  found = _processes(3, lambda index, exchange: shards.Divided(
+      Scorer(), exchange, index, 3).score(pairs))
+  np.testing.assert_array_equal(found, [range(1, 8)] * 3)
+  assert sorted(Scorer.asked) == [2, 2, 3]
+
+
+@pytest.mark.parametrize('placement', ['replicated', 'sharded'])
+def test_a_fusion_of_processes_is_that_of_one(placement, tmp_path, monkeypatch):
+  config = default.get_config()
+  config.retriever.update(dict(
+      dimensions=64, index='exact', method='fusion', placement=placement,
+      fusion_depth=20, directory=str(tmp_path / 'alone')))
+  alone = engine_lib.build(config, _CORPUS, tmp_path, lambda _: None)
+  expected = alone.search(_QUERIES, 5)
+  assert (tmp_path / 'alone-bm25' / 'index.json').exists()
+  config.retriever.directory = str(tmp_path / 'index')
+  process = threading.local()
+  monkeypatch.setattr(distributed, 'count', lambda: 2)
+  monkeypatch.setattr(distributed, 'index', lambda: process.index)
+  monkeypatch.setattr(distributed, 'first', lambda _: _LOCK)
+  monkeypatch.setattr(distributed, 'barrier', lambda *_: None)
+  monkeypatch.setattr(
+      distributed, 'exchange', lambda value, channel: process.exchange(value))
+
+  def search(index, exchange):
+    process.index, process.exchange = index, exchange
+    engine = engine_lib.build(config, _CORPUS, tmp_path, lambda _: None)
+    return engine.search(_QUERIES, 5)
+
+  assert _processes(2, search) == [expected] * 2
+
+
 class _Broken(list):
   """Documents that cannot be read."""
 
@@ -250,7 +293,8 @@ def test_build_index_makes_the_shards_of_a_run(tmp_path, monkeypatch, capsys):
   config.retriever.update(dict(
       dimensions=32, index='exact', directory=str(tmp_path / 'index'),
       placement='sharded'))
-  engine = assembly._retriever(config, _CORPUS, tmp_path, lambda _: None)
+  monkeypatch.setattr(shards, 'distribute', lambda engine, *_: engine)
+  engine = engine_lib.build(config, _CORPUS, tmp_path, lambda _: None)
   assert (len(engine), engine.shard) == (len(_CORPUS) // 2, (1, 2))
 
 
@@ -259,7 +303,8 @@ def test_the_config_says_where_the_index_is(tmp_path, monkeypatch):
   monkeypatch.setattr(distributed, 'index', lambda: 1)
   config = default.get_config()
   config.retriever.update(dict(dimensions=32, index='exact'))
-  make = lambda: assembly._retriever(config, _CORPUS, tmp_path, lambda _: None)
+  monkeypatch.setattr(shards, 'distribute', lambda engine, *_: engine)
+  make = lambda: engine_lib.build(config, _CORPUS, tmp_path, lambda _: None)
   assert (len(make()), make().shard) == (len(_CORPUS), (0, 1))
   config.retriever.placement = 'sharded'
   assert (len(make()), make().shard) == (len(_CORPUS) // 2, (1, 2))

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from configs import default
-from stepsearch import assembly
 from stepsearch import client
+from stepsearch import engine as engine_lib
 from stepsearch.retrieval import engines
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import web
@@ -187,7 +187,7 @@ def test_the_engine_of_a_config_and_of_a_text(tmp_path):
         web='bing', web_url=f'{server.url}/search', per_second=100.0,
         cache=str(tmp_path / 'web.db')))
     said = []
-    engine = assembly._retriever(config, [], tmp_path, said.append)
+    engine = engine_lib.build(config, [], tmp_path, said.append)
     found = engine.search(['Ada', 'Ada'], 1)
     assert found == [[Document(
         'https://a.test/a', 'Ada Lovelace', 'Ada was born in London')]] * 2
@@ -205,10 +205,10 @@ def test_the_engine_of_a_config_and_of_a_text(tmp_path):
     wrong = config.copy_and_resolve_references()
     wrong.retriever[field] = value
     with pytest.raises(ValueError, match=problem):
-      assembly._retriever(wrong, [], tmp_path, said.append)
+      engine_lib.build(wrong, [], tmp_path, said.append)
   config.retriever.web = ''
   with pytest.raises(ValueError, match='retriever.cache'):
-    assembly._retriever(config, [], tmp_path, said.append)
+    engine_lib.build(config, [], tmp_path, said.append)
 
 
 def _fill(path, first, ready):

@@ -156,6 +156,7 @@ def build(
     replace: bool = False,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
+    vectors: np.ndarray | None = None,
     **parameters,
 ) -> Retriever:
   """Makes a retriever, or loads the one that is saved.
@@ -170,6 +171,8 @@ def build(
     replace: build anew and replace the index that is there.
     shard: (p, P): index the passages p::P only.
     progress: called with (passages embedded, passages in all).
+    vectors: of the passages that are indexed, by this embedder, as
+      `encoding.gather` returns them; None: they are embedded here.
     **parameters: of `index.build`; a loaded index keeps its own.
 
   Raises:
@@ -195,13 +198,8 @@ def build(
   if isinstance(embedder, embedding.LexicalEmbedder):
     embedder.fit(map(passage_text, documents))
   mine = _part(documents, shard)
-  vectors = np.empty([len(mine), embedder.dimensions], np.float32)
-  for start in range(0, len(mine), _CHUNK):
-    texts = [passage_text(d) for d in mine[start : start + _CHUNK]]
-    stop = start + len(texts)
-    vectors[start:stop] = embedder.embed_passages(texts)
-    if progress is not None:
-      progress(stop, len(mine))
+  if vectors is None:
+    vectors = _embedded(mine, embedder, progress)
   built = Retriever(
       mine, embedder, indexing.build(vectors, backend=index, **parameters),
       corpus_fingerprint(documents), shard,
@@ -212,6 +210,17 @@ def build(
     # vectors twice.
     built.index = indexing.load(directory, built.fingerprints, backend=index)
   return built
+
+
+def _embedded(documents, embedder, progress):
+  vectors = np.empty([len(documents), embedder.dimensions], np.float32)
+  for start in range(0, len(documents), _CHUNK):
+    texts = [passage_text(d) for d in documents[start : start + _CHUNK]]
+    stop = start + len(texts)
+    vectors[start:stop] = embedder.embed_passages(texts)
+    if progress is not None:
+      progress(stop, len(documents))
+  return vectors
 
 
 def load(

@@ -18,6 +18,8 @@ import heapq
 import json
 from typing import Any
 
+import numpy as np
+
 from stepsearch.retrieval import retriever
 from stepsearch.types import Document
 
@@ -152,6 +154,26 @@ class Sharded:
         [retriever.scored(Document(*document_of[row]), -score)
          for score, row in found]
         for found in best]
+
+
+class Divided:
+  """A `rerank.Scorer` whose pairs the processes share."""
+
+  def __init__(self, scorer: Any, exchange: Exchange, index: int, count: int):
+    self.fingerprint = scorer.fingerprint
+    self._scorer = scorer
+    self._exchange = exchange
+    self._index, self._count = index, count
+
+  def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """As the scorer's; in every process with the same pairs."""
+    parts = _together(
+        self._exchange, [len(pairs), pairs[:1]],
+        lambda: self._scorer.score(pairs[self._index::self._count]).tolist())
+    scores = np.zeros([len(pairs)], np.float32)
+    for i, part in enumerate(parts):
+      scores[i::self._count] = part
+    return scores
 
 
 def _packed(document: Document) -> list[Any]:
