@@ -278,7 +278,9 @@ def _keys(argv: Sequence[str]) -> NoReturn:
   # Here, because it needs models and engines, and the others do not.
   from stepsearch import prepare_keys
 
-  prepare_keys.main(argv)
+  start = prepare_keys.command()
+  flags.adopt_module_key_flags(prepare_keys)  # for --help
+  config_lib.main(start, takes_config=False, argv=argv)
 
 
 def _gold(argv: Sequence[str]) -> NoReturn:

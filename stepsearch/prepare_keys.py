@@ -9,13 +9,13 @@ was killed, and asks an endpoint, a server or a web search API nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any
 
 from absl import flags
 
 from stepsearch import assembly
-from stepsearch import config as config_lib
 from stepsearch import metrics
 from stepsearch import paths
 from stepsearch.data import datasets
@@ -77,6 +77,9 @@ def run(
   texts = language_model.Prompts(
       search_keys.TASKS, prompts or language_model.PROMPTS)
   writes = _writer(writer, texts, cache, endpoint, slots)
+  if isinstance(writes, language_model.Local):
+    # It takes its time: about as many sub-questions as it writes at once.
+    config = dataclasses.replace(config, block=max(slots // 2, 1))
   made, names = {}, _names(specs)
   for name, spec in zip(names, specs):
     print(f'engine {name}: {spec}', flush=True)
@@ -129,8 +132,8 @@ def _writer(name, prompts, cache, options, slots):
   made = generate.Generator(
       name, slots=slots, longest=options['max_tokens'] or 512,
       temperature=options['temperature'] or 0.0)
-  settings = {
-      key: options[key] for key in ('max_tokens', 'temperature')}
+  settings = dict(
+      slots=slots, **{k: options[k] for k in ('max_tokens', 'temperature')})
   return language_model.Local(f'{name} {settings}', made, prompts)
 
 
@@ -160,8 +163,8 @@ def _print_cost(writes, report, prices) -> None:
           'and count as none.')
 
 
-def main(argv: Sequence[str]) -> NoReturn:
-  """Defines the flags and runs the command."""
+def command() -> Callable[[], None]:
+  """Defines the flags; gives what runs once they are parsed."""
   text, number, real = (
       flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float)
   positive = dict(lower_bound=1)
@@ -241,4 +244,4 @@ def main(argv: Sequence[str]) -> NoReturn:
         engine_rate=engine_rate.value, slots=slots.value,
         prices=(prices[0].value, prices[1].value), shown=shown.value)
 
-  config_lib.main(start, takes_config=False, argv=argv)
+  return start

@@ -449,6 +449,27 @@ def test_prompts_are_files_that_can_be_changed(tmp_path):
 # ---- a model of our own
 
 
+def test_a_line_that_the_budget_has_cut_is_no_query():
+  prompts = language_model.Prompts(search_keys.TASKS)
+  request = language_model.Request(
+      'queries', dict(question='a', number='2'), (('1. ', 'it is empty'),))
+  asked = []
+
+  def generate(texts):
+    asked.extend(texts)
+    return [('1. one\n2. tw', ended) for ended in (True, False)]
+
+  local = language_model.Local('ours', generate, prompts)
+  assert [w.text for w in local.write([request] * 2)] == [
+      '1. one\n2. tw', '1. one']
+  assert 'Question: a' in asked[0] and 'it is empty' in asked[0]
+  for reason, text in (('stop', '1. one\n2. tw'), ('length', '1. one')):
+    assert language_model._written({'choices': [{
+        'finish_reason': reason,
+        'message': {'content': '<think>1. no</think>1. one\n2. tw'}}]}
+    ).text == text
+
+
 def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
     tmp_path, model, params, tokenizer):
   hf.save(tmp_path / 'model', model, params, tokenizer)
@@ -462,7 +483,7 @@ def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
     positions = jnp.arange(128, dtype=jnp.int32)[None]
     return qwen.Qwen(model).apply({'params': params}, tokens, positions)[0]
 
-  for prompt, text in list(zip(prompts, written))[:4]:
+  for prompt, (text, ended) in list(zip(prompts, written))[:4]:
     ids = tokenizer.prompt(prompt, '{question}')
     start = len(ids)
     while len(ids) < start + 70 and ids[-1] not in ends:
@@ -470,5 +491,6 @@ def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
       padded[0, :len(ids)] = ids
       logits = hidden(padded)[0, len(ids) - 1] @ params['lm_head']
       ids.append(int(jnp.argmax(logits)))
-    assert text == tokenizer.decode(ids[start:len(ids) - (ids[-1] in ends)])
+    assert ended == (ids[-1] in ends)
+    assert text == tokenizer.decode(ids[start:len(ids) - ended])
   assert len(set(written[3:])) == 1

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pathlib
 import signal
 import socket
 import sqlite3
@@ -12,14 +13,18 @@ import time
 import pytest
 
 from configs import default
+from stepsearch import assembly
 from stepsearch import client
+from stepsearch import config as config_lib
 from stepsearch import engine as engine_lib
 from stepsearch.retrieval import engines
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import web
 from stepsearch.types import Document
 from tests import fake_services
+from tests import micro
 
+_ROOT = pathlib.Path(__file__).parents[1]
 _PAGES = [
     Document('a', 'Ada Lovelace', 'Ada was born in London'),
     Document('b', 'Heroes', 'a song of David Bowie'),
@@ -188,7 +193,16 @@ def test_the_engine_of_a_config_and_of_a_text(tmp_path):
         cache=str(tmp_path / 'web.db')))
     said = []
     engine = engine_lib.build(config, [], tmp_path, said.append)
+    micro_config = config_lib.load(
+        str(_ROOT / 'configs' / 'tiny.py'), [
+            *micro.OVERRIDES, 'mesh=(8, 1, 1)', 'retriever.web=bing',
+            f'retriever.web_url={server.url}/search',
+            f'retriever.cache={tmp_path}/web.db'])
+    parts = assembly.build(
+        micro_config, tmp_path / 'run', training=False, say=said.append)
     found = engine.search(['Ada', 'Ada'], 1)
+    assert parts.retriever.search(['Ada', 'Ada'], 1) == found
+    assert not (tmp_path / 'run').exists()  # no index is built
     assert found == [[Document(
         'https://a.test/a', 'Ada Lovelace', 'Ada was born in London')]] * 2
     assert 'bing' in said[0] and fake_services.KEY not in said[0]

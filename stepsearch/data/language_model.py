@@ -23,6 +23,7 @@ from stepsearch import paths
 PROMPTS = paths.Path(__file__).parent / 'prompts'
 _FIELD = re.compile(r'\{(\w+)\}')
 _AGAIN = 'again'
+_PATIENCE = 60.0  # seconds more than a request may take
 Failed = client_lib.Failed
 
 
@@ -144,6 +145,8 @@ class Endpoint:
     self._client = client_lib.Client(
         base_url.rstrip('/') + '/chat/completions', headers=headers,
         secret=key, paid=self._pay, **options)
+    # Of an endpoint that is down not every request has to find that out.
+    self._patience = options.get('timeout', 60.0) + _PATIENCE
     self._prompts = prompts
     self._settings = {'model': model}
     if temperature is not None:
@@ -163,7 +166,8 @@ class Endpoint:
   def write(self, requests: Sequence[Request]) -> list[Written | Failed]:
     """As of `Writer`."""
     return self._client.ask_all(
-        [self._payload(request) for request in requests], _written)
+        [self._payload(request) for request in requests], _written,
+        patience=self._patience)
 
   def _payload(self, request) -> dict[str, Any]:
     return self._settings | {'messages': [
@@ -181,7 +185,10 @@ class Endpoint:
 def _written(answer) -> Written:
   """Reads an answer of the protocol; a model that thinks is let finish."""
   try:
-    text = answer['choices'][0]['message']['content'] or ''
+    choice = answer['choices'][0]
+    text = _whole(
+        choice['message']['content'] or '',
+        choice.get('finish_reason') != 'length')
     usage = answer.get('usage') or {}
     spent = [usage.get(f'{kind}_tokens') or 0
              for kind in ('prompt', 'completion')]
@@ -191,11 +198,17 @@ def _written(answer) -> Written:
         f'{error!r} where choices[0].message.content should be') from None
 
 
+def _whole(text: str, ended: bool) -> str:
+  """Without the last line, where the budget of tokens has cut it."""
+  return text if ended else text.rpartition('\n')[0]
+
+
 class Local:
   """A model of our own, as a function from prompts to texts."""
 
   def __init__(
-      self, name: str, generate: Callable[[Sequence[str]], list[str]],
+      self, name: str,
+      generate: Callable[[Sequence[str]], list[tuple[str, bool]]],
       prompts: Prompts,
   ):
     """Takes the function, such as a `rollout.generate.Generator`."""
@@ -209,7 +222,7 @@ class Local:
     for request in requests:
       first, *rest = self._prompts.messages(request)
       prompts.append('\n\n'.join([first, *rest[-1:]]))
-    return [Written(text) for text in self._generate(prompts)]
+    return [Written(_whole(*made)) for made in self._generate(prompts)]
 
 
 # ---- without a model

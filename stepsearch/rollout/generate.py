@@ -7,7 +7,7 @@ For writing data; episodes are played by `rollout.collect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -62,16 +62,15 @@ class Generator:
     self._longest = longest
     self._temperature = temperature
 
-  def __call__(
-      self, prompts: Sequence[str],
-      tick: Callable[[int], None] = lambda done: None,
-  ) -> list[str]:
+  def __call__(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
     """Writes one text a prompt.
 
     Args:
       prompts: each goes into the tokenizer's chat template, where the model
         was tuned on it.
-      tick: called with the number of texts that are there.
+
+    Returns:
+      the texts, and whether the model has ended each.
 
     Raises:
       ValueError: a prompt that leaves the model no room for a text.
@@ -86,16 +85,15 @@ class Generator:
             'it.')
     # Alike lengths together, so that little is padded.
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    texts = [''] * len(tokens)
+    texts = [('', False)] * len(tokens)
     slots = self._sampler.slots
     for first in range(0, len(order), slots):
       group = order[first:first + slots]
       for i, text in zip(group, self._group(group, tokens)):
         texts[i] = text
-      tick(first + len(group))
     return texts
 
-  def _group(self, group, tokens) -> list[str]:
+  def _group(self, group, tokens) -> list[tuple[str, bool]]:
     prompts = [tokens[i] for i in group]
     slots, pad = self._sampler.slots, self._tokenizer.pad_id
     width = -(-max(map(len, prompts)) // _WIDTHS) * _WIDTHS
@@ -124,6 +122,7 @@ class Generator:
         ids += row[:number].tolist()
       running = np.any(chunk.stop == sampler_lib.RUNNING)
     ends = self._tokenizer.eos_ids
+    ended = [bool(ids) and ids[-1] in ends for ids in written]
     return [
-        self._tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids)
-        for ids in written]
+        (self._tokenizer.decode(ids[:-1] if end else ids), end)
+        for ids, end in zip(written, ended)]
