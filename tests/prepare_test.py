@@ -123,6 +123,26 @@ assert 'tensorflow' not in sys.modules
   assert 'oneDNN' not in done.stderr
 
 
+def test_several_files_and_the_usual_way_to_write_them(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  monkeypatch.setattr(builders, '_SHARD', 2)
+  file = tmp_path / 'c.jsonl'
+  file.write_text(''.join(
+      json.dumps({'id': i, 'title': f'T{i}', 'text': 'x'}) + '\n'
+      for i in range(5)))
+  prepare.corpus('mine', [str(file)], str(tmp_path / 'data'))
+  folder = tmp_path / 'data' / 'corpus' / 'mine' / prepared.VERSION
+  assert len(list(folder.glob('*array_record*'))) == 3
+  builder = builders.Corpus(
+      documents=datasets.read_corpus(file), data_dir=tmp_path / 'usual',
+      config=tfds.core.BuilderConfig(name='mine', version=prepared.VERSION))
+  builder.download_and_prepare()
+  for made in folder, builder.data_dir:
+    source = tfds.builder_from_directory(made).as_data_source('passages')
+    assert [source[i]['id'] for i in range(5)] == [b'0', b'1', b'2', b'3', b'4']
+
+
 def test_the_size_of_a_split_is_checked(tmp_path, musique):
   data = str(tmp_path / 'data')
   raw = _raw(tmp_path / 'raw', train=3, dev=1)

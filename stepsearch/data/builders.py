@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import fnmatch
+import itertools
 import pathlib
 import shutil
 from typing import Any
@@ -32,6 +33,8 @@ from stepsearch.types import Example
 
 _TEXT = tfds.features.Text
 _BUILD = '.build'  # where tensorflow-datasets writes, inside the draft
+_SHARD = 1_000_000  # records of a file
+_BLOCK = 1000  # records encoded at a time
 
 # Entry i of sub_questions has the gold ids of sub_question_gold whose
 # sub_question is i, and the queries of search_keys likewise.
@@ -377,10 +380,13 @@ def named(
 
 
 def write(
-    make: Callable[..., Any], folder: paths.Address,
+    make: Callable[..., Questions | Corpus], folder: paths.Address,
     beside: Mapping[str, paths.Address] | None = None,
 ) -> None:
-  """Runs a builder and puts what it makes into a folder, whole or not at all.
+  """Writes what a builder generates into a folder, whole or not at all.
+
+  Record by record: `download_and_prepare` would sort them in memory, and beyond
+  a gigabyte in files that it opens by TensorFlow.
 
   Args:
     make: makes the builder, given its data_dir.
@@ -390,12 +396,20 @@ def write(
   Raises:
     ValueError: as of `paths.explained`.
   """
-  tfds.disable_progress_bar()
   with paths.new_folder(
       folder, 'dataset_info.json', replace=True) as draft:
     builder = make(data_dir=draft / _BUILD)
-    builder.download_and_prepare()
-    for file in pathlib.Path(builder.data_dir).iterdir():
+    made = pathlib.Path(builder.data_dir)
+    made.mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(
+        builder.info, _SHARD, file_format='array_record')
+    splits = builder._split_generators(None)  # pylint: disable=protected-access
+    writer.initialize_splits(list(splits))
+    for name, records in splits.items():
+      while block := list(itertools.islice(records, _BLOCK)):
+        writer.add_examples({name: [values for _, values in block]})
+    writer.close_all()
+    for file in made.iterdir():
       shutil.move(file, draft / file.name)
     shutil.rmtree(draft / _BUILD)
     for name, file in (beside or {}).items():
