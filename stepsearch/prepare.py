@@ -60,6 +60,10 @@ def _published(name: str, argv: Sequence[str]) -> NoReturn:
   variant = flags.DEFINE_enum(
       'variant', releases[0].config, [r.config for r in releases],
       'Which of the settings of the set.') if len(releases) > 1 else None
+  aliases = flags.DEFINE_string(
+      'aliases', '', 'id_aliases.json of data_ids_april7.zip: its names of an '
+      'answer count as well. Published results are without them.'
+  ) if name == '2wiki' else None
   files = {
       split: flags.DEFINE_list(split, None, f'Raw file or files of {split}.')
       for split in known}
@@ -71,7 +75,7 @@ def _published(name: str, argv: Sequence[str]) -> NoReturn:
         release, flags.FLAGS.data_dir, raw_dir.value,
         {name: flag.value for name, flag in files.items() if flag.value},
         splits=splits.value, partial=partial.value, fetch=fetch.value,
-        export=export.value)
+        export=export.value, aliases=aliases.value if aliases else '')
 
   config_lib.main(run, takes_config=False, argv=argv)
 
@@ -80,7 +84,7 @@ def prepare(
     release, data_dir: str, raw_dir: str = '',
     files: dict[str, list[str]] | None = None, *,
     splits: Sequence[str] | None = None, partial: bool = False,
-    fetch: bool = False, export: str = '',
+    fetch: bool = False, export: str = '', aliases: str = '',
 ) -> None:
   """Prepares a published set, and the corpus of its paragraphs.
 
@@ -93,6 +97,7 @@ def prepare(
     partial: take files of fewer questions than were published.
     fetch: download the raw files to `raw_dir` first.
     export: folder for the questions as JSON lines.
+    aliases: 2Wiki's file of more answers.
 
   Raises:
     ValueError: one paragraph naming file, line and field, or what is missing.
@@ -113,6 +118,7 @@ def prepare(
         release.repository, [release.splits[s].hub for s in rest], raw_dir)
   if rest:
     files |= builders.find(release, raw_dir, rest)
+  names = builders.read_aliases(aliases) if aliases else None
   progress = metrics.Progress(1)
   start = time.monotonic()
   first = prepared.CONFIGS[release.name][:1] in ((), (release.config,))
@@ -126,7 +132,7 @@ def prepare(
             f'reading {release.name}:{split}, percent', 100) as tick:
           examples = builders.read(
               release, split, files[split],
-              functools.partial(_pooled, pool, out), tick)
+              functools.partial(_pooled, pool, out), tick, names)
         name = builders.named(
             release, split, len(examples), files[split], partial)
         questions[name] = examples

@@ -229,6 +229,30 @@ def test_download(tmp_path, musique, monkeypatch):
     builders.download('a/b', ['x'], '')
 
 
+def test_aliases_of_2wiki(tmp_path):
+  release = next(r for r in builders.RELEASES if r.name == '2wiki')
+  rows = [
+      {'_id': f'{i}', 'question': 'Where?', 'answer': 'Manhattan',
+       'answer_id': key, 'supporting_facts': [], 'evidences': []}
+      for i, key in enumerate(('Q1', 'Q2', None))]
+  (tmp_path / 'dev.json').write_text(json.dumps(rows))
+  names = [
+      {'Q_id': 'Q1', 'aliases': ['New York County', 'Manhattan'],
+       'demonyms': ['Manhattanite']}, {'Q_id': 'Q3', 'aliases': ['x']}]
+  (tmp_path / 'id_aliases.json').write_text('\n'.join(map(json.dumps, names)))
+  data = str(tmp_path / 'data')
+  prepare.prepare(
+      release, data, str(tmp_path), splits=['dev'], partial=True,
+      aliases=f'{tmp_path}/id_aliases.json')
+  found = datasets.read_questions('2wiki:dev_partial', directory=data)
+  assert [e.answers for e in found] == [
+      ('Manhattan', 'New York County', 'Manhattanite'), ('Manhattan',),
+      ('Manhattan',)]
+  (tmp_path / 'id_aliases.json').write_text('{"aliases": []}')
+  with pytest.raises(ValueError, match='line 1, field Q_id: it is missing'):
+    builders.read_aliases(tmp_path / 'id_aliases.json')
+
+
 def test_a_store_gets_what_is_prepared(tmp_path, musique, bucket, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   raw, data = _raw(tmp_path / 'raw', train=3, dev=2), f'{bucket}/data'

@@ -326,6 +326,7 @@ def read(
     release: Release, split: str, files: Sequence[str],
     pool: Callable[[Document], Document],
     tick: Callable[[int], None] | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Example]:
   """Questions of raw files; the ids of their gold passages are the pool's.
 
@@ -335,6 +336,7 @@ def read(
     files: one after the other.
     pool: gives a passage that comes with a question its id in the corpus.
     tick: as of `rows.read`.
+    aliases: more answers, by the `answer_id` of a row; see `read_aliases`.
 
   Raises:
     ValueError: no questions; malformed rows.
@@ -349,12 +351,34 @@ def read(
       except rows_lib.Fault as fault:
         faults.add(fault)
         continue
-      examples.append(_renamed(example, documents, release))
+      more = (aliases or {}).get(row.values.get('answer_id'), ())
+      examples.append(dataclasses.replace(
+          _renamed(example, documents, release),
+          answers=tuple(dict.fromkeys((*example.answers, *more)))))
     faults.check()
   if not examples:
     raise ValueError(
         f'{", ".join(files)}: no questions of {release.name}:{split}.')
   return examples
+
+
+def read_aliases(path: paths.Address) -> dict[str, tuple[str, ...]]:
+  """2Wiki's id_aliases.json: other names of an answer, by its id.
+
+  Raises:
+    ValueError: malformed rows.
+  """
+  faults = rows_lib.Faults(path)
+  found = {}
+  for row in rows_lib.read(path, faults):
+    try:
+      found[row.id('Q_id')] = (
+          *row.texts('aliases', empty=True),
+          *(row.texts('demonyms', empty=True) if 'demonyms' in row else ()))
+    except rows_lib.Fault as fault:
+      faults.add(fault)
+  faults.check()
+  return found
 
 
 def named(
