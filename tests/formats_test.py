@@ -104,6 +104,11 @@ def test_musique(tmp_path):
       sub_questions=_SUBS, source='q.jsonl', licence='CC BY 4.0')
 
 
+def test_paragraphs_go_by_their_number(tmp_path):
+  mixed = _MUSIQUE | {'paragraphs': _MUSIQUE['paragraphs'][::-1]}
+  assert _one(tmp_path, mixed) == _one(tmp_path, _MUSIQUE)
+
+
 def test_gold_documents_become_those_of_the_corpus(tmp_path):
   corpus = {
       str(i): Document(str(i), *text) for i, text in enumerate(_TEXTS)}
@@ -177,6 +182,7 @@ def test_own_rows_in_all_their_fields(tmp_path):
       '1', 'Who?', ('Fred',), source='q.jsonl')
   assert _one(tmp_path, plain | {'answer': ['Fred', 'F.']}).answers == (
       'Fred', 'F.')
+  assert _one(tmp_path, plain | {'context': 'A text.'}).answers == ('Fred',)
   row = {
       'id': 7, 'question': 'Who?', 'answers': ['Fred'], 'hops': 3,
       'gold': [{'title': 'A', 'text': 'One.'}, {'id': 'b', 'text': 'Two.'}],

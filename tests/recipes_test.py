@@ -6,7 +6,9 @@ import pytest
 
 from stepsearch import assembly
 from stepsearch import config as config_lib
+from stepsearch import prepare
 from stepsearch import tokenizer as tokenizer_lib
+from stepsearch.data import builders
 
 _CORPUS = ['bero is the mayor of cuna', 'cuna is in dilo', 'alba is in efra',
            'efra is in gomi']
@@ -29,8 +31,19 @@ def words(tmp_path_factory):
   return folder
 
 
+def _build(tmp_path, words, *overrides, training=True):
+  """What a run is made of, and what was said meanwhile."""
+  said = []
+  config = config_lib.load('configs/tiny.py', [
+      'data.source=jsonl', f'tokenizer={words}', 'retriever.index=exact',
+      'rollout.k=2', 'ppo.microbatch_size=8', *overrides])
+  parts = assembly.build(
+      config, tmp_path / 'run', training=training, say=said.append)
+  return parts, said
+
+
 def _parts(tmp_path, words, rows, *overrides, training=True):
-  """What a run is made of, with these training questions."""
+  """The same, with these training questions."""
   (tmp_path / 'corpus.jsonl').write_text(''.join(
       json.dumps({'id': i, 'title': '', 'text': text}) + '\n'
       for i, text in enumerate(_CORPUS)))
@@ -38,15 +51,10 @@ def _parts(tmp_path, words, rows, *overrides, training=True):
       ''.join(json.dumps(row) + '\n' for row in rows))
   held_out = {'question': 'who is born in gomi ?', 'answer': 'alba'}
   (tmp_path / 'eval.jsonl').write_text(json.dumps(held_out))
-  said = []
-  config = config_lib.load('configs/tiny.py', [
-      'data.source=jsonl', f'tokenizer={words}', 'retriever.index=exact',
-      'rollout.k=2', 'ppo.microbatch_size=8', *(
-          f'data.{name}={tmp_path}/{name}.jsonl'
-          for name in ('corpus', 'train', 'eval')), *overrides])
-  parts = assembly.build(
-      config, tmp_path / 'run', training=training, say=said.append)
-  return parts, said
+  files = [
+      f'data.{name}={tmp_path}/{name}.jsonl'
+      for name in ('corpus', 'train', 'eval')]
+  return _build(tmp_path, words, *files, *overrides, training=training)
 
 
 @pytest.mark.parametrize('rows, overrides', [
@@ -99,3 +107,32 @@ def test_what_is_left_out_is_said(tmp_path, words):
   # Nothing of this is asked of those who only evaluate.
   parts, said = _parts(tmp_path, words, [], training=False)
   assert len(parts.eval) == 1 and not parts.train
+
+
+def test_a_prepared_set_is_named(tmp_path, words):
+  steps = [
+      {'question': 'who is the mayor of cuna ?', 'answer': 'bero',
+       'paragraph_support_idx': 0},
+      {'question': 'where is #1 born ?', 'answer': 'alba',
+       'paragraph_support_idx': 1}]
+  for split in ('train', 'dev'):
+    (tmp_path / f'{split}.jsonl').write_text(json.dumps({
+        'id': split, 'question': f'who {split} ?', 'answer': 'alba',
+        'question_decomposition': steps, 'paragraphs': [
+            {'idx': i, 'title': '', 'paragraph_text': text}
+            for i, text in enumerate(_CORPUS)]}))
+  release = next(r for r in builders.RELEASES if r.name == 'musique')
+  data = str(tmp_path / 'data')
+  prepare.prepare(release, data, files={
+      s: [f'{tmp_path}/{s}.jsonl'] for s in ('train', 'dev')}, partial=True)
+  parts, said = _build(
+      tmp_path, words, f'data.directory={data}', 'data.corpus=musique:corpus',
+      'data.train=musique:train_partial', 'data.eval=musique:dev_partial')
+  assert said[-1].startswith('4 passages, 1 training and 1 held-out questions')
+  assert parts.eval[0].dataset == 'musique'
+  assert [d.id for d in parts.train[0].gold_documents] == ['0', '1']
+  assert parts.train[0].search_keys[1] == ('where is bero born ?',)
+  with pytest.raises(ValueError, match='there are musique:train_partial, mus'):
+    _build(
+        tmp_path, words, f'data.directory={data}', 'data.corpus=musique:corpus',
+        'data.train=musique:train', 'data.eval=musique:dev_partial')

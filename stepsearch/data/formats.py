@@ -74,7 +74,8 @@ def shape(row: Row) -> str:
     return 'released'
   if 'question_decomposition' in row or 'paragraphs' in row:
     return 'musique'
-  if 'answers' not in row and ('supporting_facts' in row or 'context' in row):
+  if 'answers' not in row and ('supporting_facts' in row or isinstance(
+      row.values.get('context'), (list, dict))):
     return 'hotpotqa'
   if 'reward_model' in row:
     return 'verl'
@@ -270,9 +271,12 @@ def _musique(row: Row) -> Example:
         'answerable', 'it is false: only questions that have an answer can be '
         "used, those of MuSiQue-Ans; leave MuSiQue-Full's others out")
   example_id = row.id() if 'id' in row else row.number()
-  found = context(row)
+  paragraphs = row.list('paragraphs', [])
+  found = {
+      item.get('idx', i): document
+      for i, (item, document) in enumerate(zip(paragraphs, context(row)))}
   supporting = [
-      i for i, item in enumerate(row.list('paragraphs', []))
+      item.get('idx', i) for i, item in enumerate(paragraphs)
       if item.get('is_supporting')]
   documents: dict[str, Document] = {}
   subs = []
@@ -281,7 +285,7 @@ def _musique(row: Row) -> Example:
     place = part.values.get('paragraph_support_idx')
     gold = []
     if found and isinstance(place, int):
-      if not 0 <= place < len(found):
+      if place not in found:
         raise part.error(
             'paragraph_support_idx',
             f'{place} is none of the {len(found)} paragraphs')
