@@ -203,16 +203,20 @@ class Record:
     self._file = self.folder / 'transcripts.jsonl'
     self._rows: dict[str, dict[int, dict[str, Any]]] = {
         name: {} for name in settings['datasets']}
-    # What process 0 has found, or why it cannot be gone on with.
-    found = self._read() if distributed.index() == 0 else None
+    found = None
+    if distributed.index() == 0:
+      found = self._read()
+    # To all: what is done, or why it cannot be gone on with.
     found = distributed.exchange(found, 'record')[0]
     if isinstance(found, str):
       raise ValueError(found)
-    self.finished, rows = found
-    for row in rows:
-      self._rows[row['dataset']][row['number']] = row
+    self.finished, done = found
+    if distributed.index():
+      for row in done:
+        self._rows[row['dataset']][row['number']] = row
 
   def _read(self) -> tuple[bool, list[dict[str, Any]]] | str:
+    """Whether it is finished, and what is done; or what is wrong."""
     path = self.folder / 'eval.json'
     with paths.explained(path):
       if not path.exists():
@@ -232,8 +236,11 @@ class Record:
     whole = text[:text.rfind('\n') + 1]  # a killed one leaves a torn line
     if whole != text:
       paths.write(self._file, whole)
-    return kept['results'] is not None, [
-        json.loads(line) for line in whole.splitlines()]
+    done = []
+    for row in map(json.loads, whole.splitlines()):
+      self._rows[row['dataset']][row['number']] = row
+      done.append({name: row[name] for name in ('dataset', 'number', 'em')})
+    return kept['results'] is not None, done
 
   def done(self, dataset: str) -> Set[int]:
     """Numbers of the questions that have been played."""
@@ -280,19 +287,20 @@ class Record:
     Returns:
       `measure` of each set.
     """
-    results = {
-        name: measure([row for _, row in sorted(rows.items())], seed)
-        for name, rows in self._rows.items()}
-    if not self.finished:
-      self._write()
-      if distributed.index() == 0:
+    results = None
+    if distributed.index() == 0:
+      results = {
+          name: measure([row for _, row in sorted(rows.items())], seed)
+          for name, rows in self._rows.items()}
+      if not self.finished:
+        self._write()
         now = datetime.datetime.now(datetime.UTC)
         paths.write(self.folder / 'eval.json', json.dumps(
             self.settings | {
                 'date': now.isoformat(timespec='seconds'),
                 'seconds': round(seconds, 1), 'results': results},
             indent=2) + '\n')
-    return results
+    return distributed.exchange(results, 'record')[0]
 
   def _write(self):
     if distributed.index() == 0:

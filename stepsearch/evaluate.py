@@ -194,6 +194,7 @@ def run_benchmarks(
       'averaging': 'plain mean over questions, whatever their hops',
       'datasets': {s.name: s.settings for s in sets},
       'versions': assembly.versions()}
+  distributed.agree('evaluation', shared)
   records = {}
   for name, method in chosen.items():
     records[name] = benchmark.Record(

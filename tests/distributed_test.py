@@ -17,12 +17,15 @@ import jax
 import numpy as np
 import pytest
 
+from stepsearch import assembly
 from stepsearch import config as config_lib
 from stepsearch import distributed
 from stepsearch import metrics
+from stepsearch import passages
 from stepsearch import paths
 from stepsearch import rendezvous
 from stepsearch import train
+from stepsearch.data import datasets
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -442,3 +445,40 @@ def test_two_processes_evaluate_with_half_an_index_each(
           one / 'transcripts' / 'step_000004_greedy.jsonl'))
   assert rows == expected
   assert len(list((one / 'index').glob('shard-*-of-00002/index.json'))) == 2
+
+
+def test_two_processes_play_every_question_of_a_set_once(
+    one, compiled, tmp_path):
+  """Also where they were stopped: what is done is not played again."""
+  config = _config()
+  parts = assembly.build(config, one, say=lambda _: None)
+  (tmp_path / 'set').mkdir()
+  passages.write(tmp_path / 'set/corpus.jsonl', parts.world.corpus)
+  datasets.write_questions(tmp_path / 'set/questions.jsonl', parts.eval)
+  out = tmp_path / 'out'
+  arguments = _arguments(
+      'evaluate', checkpoint=one, output=out,
+      datasets=tmp_path / 'set/questions.jsonl',
+      corpus=tmp_path / 'set/corpus.jsonl')
+  with _Pair(tmp_path, arguments, compiled=compiled) as pair:
+    assert pair.codes() == [0, 0], [pair.said(0), pair.said(1)]
+    assert not pair.said(1)[0]
+  rows, expected = (
+      [json.loads(line) for line in path.open()] for path in (
+          out / 'transcripts.jsonl',
+          one / 'transcripts' / 'step_000004_greedy.jsonl'))
+  assert [row['number'] for row in rows] == list(range(10))
+  for name in ('id', 'question', 'text', 'prediction', 'em', 'searches'):
+    assert [row[name] for row in rows] == [row[name] for row in expected], name
+  whole = json.loads((out / 'eval.json').read_text())
+  assert whole['results']['set']['questions'] == 10
+  # As a kill leaves it.
+  paths.write(out / 'eval.json', json.dumps(whole | {'results': None}))
+  lines = (out / 'transcripts.jsonl').read_text().splitlines(True)
+  paths.write(out / 'transcripts.jsonl', ''.join(lines[4:]) + lines[0][:9])
+  with _Pair(tmp_path, arguments, compiled=compiled) as pair:
+    assert pair.codes() == [0, 0], [pair.said(0), pair.said(1)]
+    assert 'set agent 4/4 | em' in pair.said(0)[0]
+  assert (out / 'transcripts.jsonl').read_text() == ''.join(lines)
+  again = json.loads((out / 'eval.json').read_text())
+  assert again['results'] == whole['results']
