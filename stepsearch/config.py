@@ -239,6 +239,11 @@ def commands(
     argv: the command line, `sys.argv` by default.
   """
   program, *rest = sys.argv if argv is None else argv
+  module = f'python -m stepsearch.{pathlib.Path(program).stem}'
+  if otherwise is None and rest[:1] in (['--help'], ['-h']):
+    print(f'{sys.modules["__main__"].__doc__}\n{module} NAME --help shows the '
+          f'flags of each of {", ".join(table)}.')
+    sys.exit(0)
   if rest and not rest[0].startswith('-'):
     name = rest.pop(0)
     if name not in table:
@@ -249,7 +254,7 @@ def commands(
   if otherwise is None:
     _exit(ValueError(
         f'the first argument names what to do: {", ".join(table)}. '
-        f'`{pathlib.Path(program).name} NAME --help` shows its flags.'))
+        f'`{module} NAME --help` shows its flags.'))
   otherwise([program, *rest])
 
 

@@ -62,7 +62,7 @@ def _published(name: str, argv: Sequence[str]) -> NoReturn:
       'Which of the settings of the set.') if len(releases) > 1 else None
   aliases = flags.DEFINE_string(
       'aliases', '', 'id_aliases.json of data_ids_april7.zip: its names of an '
-      'answer count as well. Published results are without them.'
+      'answer count as well, which raises EM and F1.'
   ) if name == '2wiki' else None
   files = {
       split: flags.DEFINE_list(split, None, f'Raw file or files of {split}.')

@@ -251,6 +251,15 @@ def test_commands_are_named_by_the_first_argument(arguments, called):
   assert seen == [called]
 
 
+def test_help_names_the_commands(capsys):
+  with pytest.raises(SystemExit) as done:
+    config_lib.commands({'keys': None, 'gold': None}, None, [
+        'a/prepare.py', '--help'])
+  assert done.value.code == 0
+  assert 'python -m stepsearch.prepare NAME --help shows the flags of each of ' \
+      'keys, gold.' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('arguments, parts', [
     (['kesy'], ["no command 'kesy'", 'keys, gold', 'did you mean keys']),
     (['--n=3'], ['names what to do: keys, gold']),
