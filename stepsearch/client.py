@@ -235,7 +235,6 @@ class Client:
 
   def ask_all(
       self, payloads: Sequence[Mapping[str, Any]], read: Callable[[Any], Any],
-      tick: Callable[[int], None] = lambda done: None,
       patience: float = float('inf'),
   ) -> list[Any]:
     """Asks many things, `concurrency` at once.
@@ -243,7 +242,6 @@ class Client:
     Args:
       payloads: as of `ask`, each.
       read: as of `ask`.
-      tick: called with the number of those that are done.
       patience: seconds without any answer after which what is left fails.
 
     Returns:
@@ -275,7 +273,7 @@ class Client:
       threading.Thread(target=work, daemon=True).start()
     try:
       end = time.monotonic() + patience
-      for number in range(len(payloads)):
+      for _ in payloads:
         left = min(max(end - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
         i, results[i], error = done.get(timeout=left)
         if error is None:
@@ -284,7 +282,6 @@ class Client:
           results[i] = error
         else:
           raise error
-        tick(number + 1)
     except queue.Empty:
       pass  # the rest has failed
     finally:

@@ -22,11 +22,14 @@ from stepsearch.data import language_model
 from stepsearch.data import search_keys
 from stepsearch.models import hf
 from stepsearch.models import qwen
+from stepsearch.retrieval import retriever
 from stepsearch.rl import rewards
 from stepsearch.rollout import generate
 from stepsearch.types import Document
 from stepsearch.types import Example
 from stepsearch.types import SubQuestion
+from stepsearch.types import Transcript
+from stepsearch.types import Turn
 from tests import fake_services
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -138,8 +141,6 @@ def test_rows_are_read_as_training_reads_them(tmp_path):
   assert report.per_sub_question == {0: 1, 1: 1}
   assert report.keyless_questions == 0
   # Half of r_key cannot be earned, and nothing breaks.
-  from stepsearch.types import Transcript
-  from stepsearch.types import Turn
   transcript = Transcript('', (Turn('<search>x</search>', 'x', (_GOLD,)),))
   (score,) = rewards.score([read], [transcript], rewards.Config())
   assert score.search_key == 0.5
@@ -373,12 +374,17 @@ def test_an_endpoint_that_is_gone_ends_the_run_soon(tmp_path):
   assert len(writer.requests) == 32
 
 
-def test_an_engine_that_fails_costs_the_question_and_not_its_keys(tmp_path):
+@pytest.mark.parametrize('patient', [False, True])
+def test_an_engine_that_fails_costs_the_question_and_not_its_keys(
+    tmp_path, patient):
   class Failing(_Table):
+    failed = 0
 
     def search(self, queries, k):
-      from stepsearch.retrieval import retriever
       found = super().search(queries, k)
+      if patient:  # as `retriever.Patient`, which tells how many
+        self.failed += 1
+        return found
       raise retriever.PartlyFailed('one failed', [None, *found[1:]])
 
   examples = [_example(), _example(id='r', sub_questions=(
@@ -415,6 +421,10 @@ def test_a_file_that_was_begun_otherwise_is_refused(tmp_path):
   assert (tmp_path / 'keys.jsonl').read_bytes() == before
   with pytest.raises(ValueError, match='begun with k = 3, and this is 4'):
     _run(tmp_path, [_example()], rules, engines, k=4)
+  other_run = search_keys.growing.File(tmp_path / 'other.jsonl', {})
+  with pytest.raises(ValueError, match='another process is writing it'):
+    search_keys.growing.File(tmp_path / 'other.jsonl', {})
+  other_run.close({})
   with pytest.raises(ValueError, match="the id 'q'"):
     _run(tmp_path, [_example(), _example()], rules, engines)
   other = tmp_path / 'other'

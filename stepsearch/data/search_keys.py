@@ -17,14 +17,12 @@ a block of questions at a time; what has been killed goes on by the same call.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from typing import Any, Literal
@@ -32,6 +30,7 @@ from typing import Any, Literal
 from stepsearch import paths
 from stepsearch import types
 from stepsearch import words
+from stepsearch.data import growing
 from stepsearch.data import language_model
 
 TASKS = {
@@ -127,8 +126,8 @@ def run(
     writer: of sub-questions and queries.
     engines: by name, `retrieval.retriever.Engine`s.
     config: what is kept.
-    output: JSON lines, in the order of the questions once all are there.
-      Beside it stands NAME.report.json: the settings, at the end the report.
+    output: JSON lines, in the order of the questions once all are there; as
+      of `growing.File`, with the report.
     sources: what else a file is made of (questions, corpus, engines); a file
       that was begun with other settings is refused.
     say: prints a line.
@@ -140,16 +139,16 @@ def run(
     client.Refused: the endpoint, or an engine, takes no request.
   """
   start = time.monotonic()
-  settings = {
-      **sources, **dataclasses.asdict(config), 'writer': writer.name}
-  del settings['block']  # which decides on nothing in the file
-  file = _File(output, settings)
   order = [example.id for example in examples]
   if len(set(order)) < len(order):
     twice = next(i for i in order if order.count(i) > 1)
     raise ValueError(
         f'two questions have the id {twice!r}: rows are known by their id, so '
         'give each its own.')
+  settings = {
+      **sources, **dataclasses.asdict(config), 'writer': writer.name}
+  del settings['block']  # which decides on nothing in the file
+  file = growing.File(output, settings)
   todo = [example for example in examples if example.id not in file.rows]
   if file.rows:
     say(f'{len(file.rows):,} questions are in {output} already')
@@ -177,7 +176,7 @@ def run(
   report = _report(rows, list(engines), config)
   report.failed = [f'{name}: {why}' for name, why in failures.items()]
   report.seconds = time.monotonic() - start
-  file.keep(report)
+  file.close(dataclasses.asdict(report))
   return report
 
 
@@ -302,7 +301,7 @@ class _Pipeline:
       for query, documents in zip(asked, _found(engine, asked, self._config.k)):
         for draft, number in places[query]:
           if documents is None:
-            draft.failed = f'{name} has no answer to {query!r}'
+            draft.failed = draft.failed or f'{name} has no answer to {query!r}'
           elif self._is_valid(draft, draft.steps[number], documents):
             draft.valid[number][query].append(name)
 
@@ -461,94 +460,7 @@ def _reworded(text: str, steps) -> list[types.SubQuestion]:
       for step, question in zip(steps, questions)]
 
 
-# ---- the file
-
-
-class _File:
-  """Rows that are appended, found again, and in the end put in order.
-
-  Attributes:
-    rows: by id, those that were there at first.
-  """
-
-  def __init__(self, path: paths.Address, settings: Mapping[str, Any]):
-    self._path = os.fspath(path)
-    self._card = f'{self._path.removesuffix(".jsonl")}.report.json'
-    self._settings = json.loads(json.dumps(settings))
-    if paths.is_remote(path):
-      raise ValueError(
-          f'--output={path}: rows are appended as they come, which no store '
-          'offers: name a file on a disk, and copy it when it is whole.')
-    self.rows: dict[str, bytes] = {}
-    with paths.explained(path):
-      if os.path.exists(self._path):
-        self._check()
-      else:
-        paths.write(self._card, self._text(None))
-      self._file = open(self._path, 'ab+')
-      try:
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise ValueError(
-            f'--output={path}: another process is writing it: wait for it, or '
-            'name another file.') from None
-      self._read()
-
-  def append(self, rows) -> None:
-    """Adds rows at the end; a kill leaves whole ones and perhaps a torn one."""
-    lines = [
-        (row['id'], json.dumps(row, ensure_ascii=False).encode() + b'\n')
-        for row in rows]
-    self.rows |= lines
-    with paths.explained(self._path):
-      self._file.write(b''.join(line for _, line in lines))
-      self._file.flush()
-
-  def finish(self, order: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Puts the rows in the order of their questions and gives them."""
-    lines = [self.rows[i] for i in order if i in self.rows]
-    paths.write(self._path, b''.join(lines))
-    self._file.close()
-    return map(json.loads, lines)
-
-  def keep(self, report: Report) -> None:
-    paths.write(self._card, self._text(dataclasses.asdict(report)))
-
-  def _check(self) -> None:
-    try:
-      with open(self._card, encoding='utf-8') as file:
-        begun = json.load(file)['settings']
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-      raise ValueError(
-          f'--output={self._path}: there is a file of another kind, or '
-          f'{self._card} beside it is lost: name a new one.') from None
-    for name in [*begun, *self._settings]:
-      before, now = begun.get(name), self._settings.get(name)
-      if before != now:
-        raise ValueError(
-            f'--output={self._path} was begun with {name} = {before!r}, and '
-            f'this is {now!r}: pass the old value to go on, or name another '
-            'file.')
-
-  def _read(self) -> None:
-    whole = 0
-    self._file.seek(0)
-    for number, line in enumerate(self._file, 1):
-      if not line.endswith(b'\n'):
-        break  # torn by a kill
-      try:
-        self.rows[json.loads(line)['id']] = line
-      except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f'{self._path}, line {number} is no row of keys: name another '
-            'file.') from None
-      whole += len(line)
-    self._file.truncate(whole)
-
-  def _text(self, report) -> str:
-    return json.dumps(
-        {'settings': self._settings, 'report': report}, indent=2,
-        ensure_ascii=False) + '\n'
+# ---- the report
 
 
 def _report(rows, engines, config) -> Report:
