@@ -256,8 +256,8 @@ def test_help_names_the_commands(capsys):
     config_lib.commands({'keys': None, 'gold': None}, None, [
         'a/prepare.py', '--help'])
   assert done.value.code == 0
-  assert 'python -m stepsearch.prepare NAME --help shows the flags of each of ' \
-      'keys, gold.' in capsys.readouterr().out
+  assert ('python -m stepsearch.prepare NAME --help shows the flags of each '
+          'of keys, gold.') in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arguments, parts', [
