@@ -1,6 +1,6 @@
 """Evaluating a pretrained model on real questions (`stepsearch.evaluate`).
 
-Greedy, five searches of three passages, as the published numbers were measured.
+Five searches of three passages, as the published numbers were measured.
 `laptop` is for small models on two CPU cores: short turns, two passages a
 search, two searches. --config.retriever.* names the engine.
 """
@@ -24,8 +24,8 @@ VARIANTS = {'laptop': _laptop}
 def get_config(arg=''):
   config = default.get_config()
   config.rollout.update(dict(
-      prompt_length=3072, response_length=512, observation_length=800,
-      max_length=12288))
+      prompt_length=1536, response_length=512, observation_length=800,
+      max_length=8704))
   for name in filter(None, arg.split(',')):
     if name not in VARIANTS:
       config_lib.unknown_variant(name, list(VARIANTS))

@@ -83,10 +83,11 @@ def row(
   """
   score, = rewards.score([example], [transcript], rewards.Config(), k=k)
   # Documents in the prompt are a search, but none that the policy wrote.
-  texts = [turn.text for turn in transcript.turns if turn.text]
+  *searches, final = [turn.text for turn in transcript.turns]
   for end in ends:
-    texts[-1:] = [texts[-1].removesuffix(end)]
-  prediction = protocol.prediction(texts[-1])
+    final = final.removesuffix(end)
+  prediction = protocol.prediction(final)
+  texts = [*filter(None, searches), final]
   return evaluation.row(example, transcript, score) | {
       'prediction': prediction,
       'em': float(rewards.exact_match(prediction, example.answers)),

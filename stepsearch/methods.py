@@ -21,8 +21,8 @@ AGENT = 'agent'
 _AGENT = protocol.Protocol()
 
 _DIRECT = """\
-Answer the question with the shortest phrase that answers it: a name, a date, \
-a number, yes or no. Write nothing else.
+Answer the question in as few words as possible, from what you know. Give only \
+the answer, without a sentence around it.
 
 Question: {question}
 Answer:"""
@@ -36,8 +36,8 @@ Question: {question}
 """
 
 _RAG = """\
-Answer the question with the shortest phrase that answers it: a name, a date, \
-a number, yes or no. Write nothing else. These passages may help:
+Answer the question in as few words as possible, with the help of the passages \
+below. Give only the answer, without a sentence around it.
 
 {documents}
 

@@ -459,7 +459,7 @@ def test_two_processes_play_every_question_of_a_set_once(
   arguments = _arguments(
       'evaluate', checkpoint=one, output=out,
       datasets=tmp_path / 'set/questions.jsonl',
-      corpus=tmp_path / 'set/corpus.jsonl')
+      corpus=tmp_path / 'set/corpus.jsonl', compare=True)
   with _Pair(tmp_path, arguments, compiled=compiled) as pair:
     assert pair.codes() == [0, 0], [pair.said(0), pair.said(1)]
     assert not pair.said(1)[0]
@@ -472,6 +472,7 @@ def test_two_processes_play_every_question_of_a_set_once(
     assert [row[name] for row in rows] == [row[name] for row in expected], name
   whole = json.loads((out / 'eval.json').read_text())
   assert whole['results']['set']['questions'] == 10
+  assert 'nothing is published of set' in (out / 'comparison.md').read_text()
   # As a kill leaves it.
   paths.write(out / 'eval.json', json.dumps(whole | {'results': None}))
   lines = (out / 'transcripts.jsonl').read_text().splitlines(True)
