@@ -48,6 +48,7 @@ from stepsearch.retrieval import retriever as retriever_lib
 from stepsearch.rl import learner
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
+from stepsearch.rollout import sampler
 
 Score = Callable[
     [Sequence[types.Example], Sequence[types.Transcript]], list[rewards.Score]]
@@ -240,11 +241,13 @@ class Checkpoint:
   def actor(
       self, parts: Parts | Player, key: jax.Array
   ) -> tuple[Any, int | None]:
-    """Its parameters on the mesh, and the step, None for a folder."""
-    if not self.trained:
-      return parameters(parts, key), None
-    return checkpoints.restore_actor(
-        self.root / 'checkpoints', parts.model, parts.update, self._step)
+    """What a collector plays with, and the step, None for a folder."""
+    if self.trained:
+      params, step = checkpoints.restore_actor(
+          self.root / 'checkpoints', parts.model, parts.update, self._step)
+    else:
+      params, step = parameters(parts, key), None
+    return sampler.weights(parts.model, parts.decode, params), step
 
 
 def build(

@@ -224,6 +224,17 @@ def test_growing_and_shrinking_change_nothing(sampler, params, table):
   assert game.tokens == [expected.tokens[3], expected.tokens[2]]
 
 
+def test_weights_are_copied_once_for_an_actor_that_only_plays(
+    model, layout, params):
+  sampler = sampler_lib.Sampler(
+      model=model, layout=layout, slots=2, eos_ids=(1,))
+  made = sampler_lib.weights(model, layout, params)
+  for wanted, found in zip(
+      jax.tree.leaves(sampler.weights(params)), jax.tree.leaves(made)):
+    np.testing.assert_array_equal(wanted, found)
+  assert sampler.weights(made) is made.params
+
+
 def test_vocabulary_and_mlp_may_be_split_over_the_rows_axes(
     model, layout, random_params):
   """Activations are gathered then, and rows of logits put together again."""

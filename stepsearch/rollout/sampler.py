@@ -85,6 +85,29 @@ class Chunk:
   steps: jax.Array  # [] int32, decoding steps that were run
 
 
+@struct.dataclass
+class Weights:
+  """An actor that only plays, as decoding wants it; see `weights`."""
+
+  params: Any  # of Sampler.weights
+
+
+def weights(
+    model: qwen.Config, layout: sharding.Layout, params: Any
+) -> Weights:
+  """Makes once what a rollout makes of an actor that may have learnt.
+
+  The parameters themselves are not needed any more.
+
+  Args:
+    model: the decoder's sizes.
+    layout: of decoding.
+    params: the actor's parameters.
+  """
+  any_sampler = Sampler(model, layout, slots=layout.shards, eos_ids=())
+  return Weights(jax.block_until_ready(any_sampler.weights(params)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
   """Compiled sampling for one model shape; hashable, holds no arrays.
@@ -118,7 +141,10 @@ class Sampler:
     multiplied in float32; laid out for decoding, so that no step gathers
     weights; layers unrolled or stacked. The adapters of a `lora.Adapted` are
     merged; what lies in host memory is on the device while it is copied.
+    `Weights` are such a copy already.
     """
+    if isinstance(params, Weights):
+      return params.params
     return _weights(self, sharding.on_device(params))
 
   def empty(self, size: int) -> State:
