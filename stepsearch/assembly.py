@@ -724,7 +724,8 @@ def _read(config, training, say):
         '-m stepsearch.prepare` made, or use data.source=world.')
   corpus, by_id = [], None
   if config.data.corpus:
-    corpus = datasets.read_corpus(config.data.corpus, config.data.directory)
+    corpus = datasets.read_corpus(
+        config.data.corpus, config.data.directory, say)
     by_id = corpus.by_id
   held_out = []
   for source in config.data.eval.split(','):

@@ -176,6 +176,22 @@ def test_flashrag_verl_and_search_r1(tmp_path):
   assert found == Example('1', 'Who?', ('Fred', 'F.'), source='nq')
 
 
+def test_musique_as_flashrag_stores_it(tmp_path):
+  steps = [
+      {**step, 'paragraph_support_idx': None, 'support_paragraph':
+       _MUSIQUE['paragraphs'][step['paragraph_support_idx']]}
+      for step in _MUSIQUE['question_decomposition']]
+  row = {
+      'id': 'dev_0', 'question': 'Who?', 'golden_answers': ['Miquette'],
+      'metadata': {'id': '2hop__1_2', 'metadata': {
+          'answerable': True, 'question_decomposition': steps}}}
+  found = _one(tmp_path, row)
+  assert _gold(found) == [_TEXTS[0], _TEXTS[2]]
+  assert (found.id, found.answers) == ('dev_0', ('Miquette',))
+  assert found.sub_questions[1] == SubQuestion(
+      'Hillage >> spouse', 'Miquette', ('dev_0/1',))
+
+
 def test_own_rows_in_all_their_fields(tmp_path):
   plain = {'question': 'Who?', 'answer': 'Fred'}
   assert _one(tmp_path, plain) == Example(
@@ -373,6 +389,12 @@ def test_corpora_of_other_kinds(tmp_path, monkeypatch):
   made = list((tmp_path / 'cache').rglob('corpus.jsonl'))
   assert len(made) == 1 and _documents(path) == wanted
   assert list((tmp_path / 'cache').rglob('corpus.jsonl')) == made
+  path.write_bytes(gzip.compress(json.dumps(lines[0]).encode()))
+  said = []
+  assert len(datasets.read_corpus(path, say=said.append)) == 1
+  assert len(said) == 1 and 'is written as lines to' in said[0]
+  (again,) = (tmp_path / 'cache').rglob('corpus.jsonl')
+  assert again != made[0]  # which is gone
   table = io.StringIO()
   out = csv.writer(table, delimiter='\t')
   out.writerows([('id', 'text', 'title'), *((i, x, t) for i, t, x in wanted)])

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 
 from stepsearch import passages
 from stepsearch import paths
@@ -31,7 +32,8 @@ from stepsearch.types import SubQuestion
 
 
 def read_corpus(
-    source: paths.Address, directory: paths.Address = ''
+    source: paths.Address, directory: paths.Address = '',
+    say: Callable[[str], None] = print,
 ) -> passages.Passages:
   """Checks the passages of a corpus and maps them, in the source's order.
 
@@ -41,6 +43,7 @@ def read_corpus(
       the paragraphs they were asked about), which is written once as such lines
       into the cache of `paths`; or NAME:corpus.
     directory: where `prepare` put what NAME:corpus names.
+    say: prints a line when a file is written into the cache.
 
   Raises:
     ValueError: no passages, malformed rows, or an id that occurs twice.
@@ -49,7 +52,7 @@ def read_corpus(
   if known is not None:
     path = prepared.passages_file(known, directory)
   else:
-    path = source if _plain(source) else _materialised(source)
+    path = source if _plain(source) else _materialised(source, say)
   starts, hashes = array.array('q'), array.array('q')
   faults = rows_lib.Faults(source)
   for row in rows_lib.read(path, faults):
@@ -278,7 +281,9 @@ def _plain(source: paths.Address) -> bool:
           rows_lib.Row(source, 'line 1', values)))
 
 
-def _materialised(source: paths.Address) -> pathlib.Path:
+def _materialised(
+    source: paths.Address, say: Callable[[str], None]
+) -> pathlib.Path:
   """The passages of a file as lines, in the cache; made anew when it changes.
 
   Raises:
@@ -288,17 +293,23 @@ def _materialised(source: paths.Address) -> pathlib.Path:
       '.zip' if '.zip/' in os.fspath(source) else ''))
   with paths.explained(source):
     status = local.stat()
-  key = (os.path.abspath(source), status.st_size, status.st_mtime_ns)
-  folder = paths.cache() / 'passages' / hashlib.blake2b(
+  digest = lambda *key: hashlib.blake2b(
       repr(key).encode(), digest_size=8).hexdigest()
+  kept = paths.cache() / 'passages' / digest(os.path.abspath(source))
+  folder = kept / digest(status.st_size, status.st_mtime_ns)
   file = folder / 'corpus.jsonl'
   if not file.exists():
+    say(f'{source} ({status.st_size / 2**20:,.0f} MiB) is written as lines to '
+        f'{file}, once')
     faults = rows_lib.Faults(source)
     with paths.new_folder(folder, file.name) as draft:
       passages.write(draft / file.name, read_passages(source, faults))
       faults.check()
       if not (draft / file.name).stat().st_size:
         raise ValueError(f'{source} holds no documents.')
+    for other in kept.iterdir():  # of the file as it was before
+      if other != folder and not other.name.startswith('.'):
+        shutil.rmtree(other, ignore_errors=True)
   return file
 
 

@@ -291,6 +291,11 @@ def _musique(row: Row) -> Example:
             f'{place} is none of the {len(found)} paragraphs')
       gold = [f'{example_id}/{place}']
       documents.setdefault(gold[0], found[place])
+    elif 'support_paragraph' in part:  # FlashRAG's
+      inner = part.part('support_paragraph', part.values['support_paragraph'])
+      gold = [f'{example_id}/{i}']
+      documents[gold[0]] = Document(
+          '', inner.text('title', blank=True), inner.text('paragraph_text'))
     elif 'document_id' in part:
       title, _, paragraph = part.id('document_id').rpartition('_')
       if not paragraph.isdigit():
@@ -494,11 +499,11 @@ def _asked(row: Row) -> str:
 
 def _with_metadata(row: Row) -> Row:
   """A row of FlashRAG with what its `metadata` holds beside the rest."""
-  metadata = row.values.get('metadata')
-  if not isinstance(metadata, dict):
-    return row
-  return Row(row.path, row.where, {
-      **{k: v for k, v in metadata.items() if v is not None}, **row.values})
+  values, inner = row.values, row.values.get('metadata')
+  while isinstance(inner, dict):  # MuSiQue's has another in it
+    values = {k: v for k, v in inner.items() if v is not None} | values
+    inner = inner.get('metadata')
+  return row if values is row.values else Row(row.path, row.where, values)
 
 
 def _unpacked(row: Row, field: str) -> Any:
