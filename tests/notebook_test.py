@@ -101,6 +101,11 @@ def test_it_runs_top_to_bottom(notebook, tmp_path, monkeypatch):
       if 'text/html' in output.get('data', ()))
   assert re.search(r'bamboogle</td>.*?>4<.*?>0\.250<.*?>0\.000–', table)
   assert any('image/png' in output.get('data', ()) for output in outputs)
+  comparison, = (
+      output.data['text/markdown'] for output in outputs
+      if 'text/markdown' in output.get('data', ()))
+  assert re.search(r'\| \*\*agent\*\*.*\.250', comparison)
+  assert 'StepSearch' in comparison
   # The trajectory: what is asked and found is text, whatever it spells.
   assert 'who &lt;i&gt;is&lt;/i&gt; it ?' in answered
   assert answered.count('<b>searches:</b> is') == 2
