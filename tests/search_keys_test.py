@@ -268,7 +268,7 @@ def _command(tmp_path, server, output, *more):
       f'--corpus={tmp_path}/corpus.jsonl', f'--output={output}',
       f'--engines=lexical,bm25,serper:{server.url}/search',
       '--writer=endpoint', f'--base_url={server.url}/v1', '--model=fake',
-      '--key_variable=FAKE_KEY', '--timeout=0.5', '--retries=8',
+      '--key_variable=FAKE_KEY', '--timeout=1.5', '--retries=8',
       '--retry_wait=0.05', '--concurrency=6', '--price_in=1',
       '--price_out=2', '--show=1', *more]
 
@@ -285,7 +285,7 @@ def test_a_tenth_of_faults_and_a_kill_lose_nothing_and_ask_nothing_twice(
     tmp_path):
   documents, questions = _data(tmp_path, 48)
   options = dict(
-      pages=documents, write=_model, slow=0.8, faults=0.1, retry_after=0)
+      pages=documents, write=_model, slow=2.0, faults=0.1, retry_after=0)
   with fake_services.running(**options) as server:
     output = tmp_path / 'whole.jsonl'
     whole = _start(_command(tmp_path, server, output))

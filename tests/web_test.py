@@ -58,8 +58,8 @@ def test_pages_become_documents_in_order(api):
 
 def test_faults_cost_time_and_nothing_else(tmp_path):
   queries = [f'Ada {i}' for i in range(60)] + ['Ada 0', 'Ada 7']
-  with fake_services.running(pages=_PAGES, faults=0.3, slow=1.0) as server:
-    options = dict(cache=tmp_path / 'web.db', timeout=0.5, retries=8)
+  with fake_services.running(pages=_PAGES, faults=0.3, slow=3.0) as server:
+    options = dict(cache=tmp_path / 'web.db', timeout=2.0, retries=8)
     first = _engine(server, **options).search(queries, 3)
     assert [row[0].id for row in first] == ['https://a.test/a'] * 62
     assert set(server.answered.values()) == {1} and len(server.answered) == 60
