@@ -14,8 +14,8 @@ import pytest
 
 from stepsearch import ask
 from stepsearch import config as config_lib
+from stepsearch import export
 from stepsearch import types
-from stepsearch.models import hf
 from stepsearch.rollout import collect
 from tests import micro
 
@@ -75,9 +75,7 @@ def folder(run, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     devices = jax.devices()[:1]
     patch.setattr(jax, 'devices', lambda *_: devices)
-    searcher = _searcher(run)
-    hf.save(
-        path, searcher._collect._model, searcher._params, source=run / 'model')
+    export.export(str(run), str(path))
   return path
 
 
