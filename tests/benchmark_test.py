@@ -292,6 +292,27 @@ def test_an_evaluation_interrupted_anywhere_ends_as_it_would_have(
     evaluation('cut')
 
 
+def test_another_set_compiles_nothing(evaluation, monkeypatch):
+  compiled, at = [], {}
+  add = benchmark.Record.add
+
+  def note(event, _, **__):
+    compiled.append('backend_compile' in event)
+
+  def counted(self, number, row):
+    at[row['dataset'], number] = sum(compiled)
+    add(self, number, row)
+
+  monkeypatch.setattr(benchmark.Record, 'add', counted)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    evaluation('out', 6)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert len(at) == 12
+  assert len({n for (name, _), n in at.items() if name == 'second'}) == 1
+
+
 def test_a_sampled_evaluation_goes_on_from_its_last_whole_batch(
     evaluation, tmp_path, monkeypatch):
   whole = evaluation('whole', 5, sampled=True)

@@ -1,5 +1,6 @@
 """Dialects of baselines: what stops, searches and answers in each."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -213,6 +214,24 @@ def test_without_searches_the_first_turn_is_the_last(scripted, layout):
   assert dialect.prediction(transcript.turns[0].text) == 'one two'
   assert dialect.keeps_format(['one two\n']) and transcript.searches == 0
   assert tokens == (2, 3, 0)
+
+
+def test_methods_share_the_programs_of_the_sampler(scripted, layout):
+  chain = [(0, 6, 7, 8), (2, 9, 10), (4, 11, 12)]
+  play(scripted, layout, SENTENCES, chain, found)
+  compiled = []
+
+  def note(event, _, **__):
+    compiled.append('backend_compile' in event)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    for answers in ('conclusion', 'line', 'boxed'):
+      other = dataclasses.replace(SENTENCES, answers=answers, query=None)
+      play(scripted, layout, other, chain, never)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert not any(compiled)
 
 
 def test_documents_in_the_prompt_are_a_search(scripted, layout):
