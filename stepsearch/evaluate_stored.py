@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import json
+import re
 from typing import Any, NoReturn
 
 import numpy as np
@@ -115,7 +116,7 @@ def differences(one: dict[str, Any]) -> list[str]:
   if others:
     clauses.append(f'nothing is published of {", ".join(others)}')
   engine = _engine(one['retriever'])
-  if 'e5-base-v2' not in engine.lower():
+  if not re.fullmatch(r'(.*/)?e5-base-v2', engine):
     clauses.append(f'the engine is {engine}, theirs {theirs["encoder"]}')
   for name in ('k', 'max_turns'):
     ours = one['budgets'][name]
@@ -165,10 +166,14 @@ def _column(dataset: str, settings: dict[str, Any]) -> str:
 
 def _engine(retriever: dict[str, Any]) -> str:
   for name in ('url', 'web', 'factory'):
-    if retriever.get(name):
+    if retriever[name]:
       return str(retriever[name])
-  return ' '.join(filter(None, (
-      retriever.get('method'), str(retriever['embedder']))))
+  found = {
+      'bm25': 'BM25', 'fusion': f'BM25 with {retriever["embedder"]}',
+  }.get(retriever['method'], str(retriever['embedder']))
+  if retriever['reranker']:
+    found += f', ordered by {retriever["reranker"]}'
+  return found
 
 
 def _share(value: float) -> str:

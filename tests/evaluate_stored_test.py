@@ -79,7 +79,9 @@ AS_PUBLISHED = {
     'method': 'agent', 'differs': '', 'checkpoint': 'runs/a', 'step': 500,
     'prompt_file': None, 'decoding': {'kind': 'greedy'},
     'budgets': {'k': 3, 'max_turns': 5},
-    'retriever': {'embedder': 'models/e5-base-v2'},
+    'retriever': dict(
+        method='dense', embedder='models/e5-base-v2', reranker='', url='',
+        web='', factory=''),
     'datasets': {'hotpotqa': SETTINGS},
     'results': {'hotpotqa': {
         'em': 0.25, 'f1': 0.5, 'em_interval': (0.2, 1.0)}}}
@@ -98,9 +100,14 @@ def test_what_was_measured_alike_is_no_difference():
 @pytest.mark.parametrize('change, clause', [
     (dict(budgets={'k': 2, 'max_turns': 5}), 'k is 2, theirs 3'),
     (dict(budgets={'k': 3, 'max_turns': 2}), 'max_turns is 2, theirs 5'),
-    (dict(retriever={'embedder': 'lexical', 'method': 'bm25'}),
-     'the engine is bm25 lexical, theirs E5-base-v2'),
-    (dict(retriever={'embedder': 'lexical', 'url': 'http://x'}),
+    (dict(retriever={'method': 'bm25'}),
+     'the engine is BM25, theirs E5-base-v2'),
+    (dict(retriever={'method': 'fusion', 'reranker': 'r'}),
+     'the engine is BM25 with models/e5-base-v2, ordered by r, theirs '
+     'E5-base-v2'),
+    (dict(retriever={'embedder': 'lexical'}),
+     'the engine is lexical, theirs E5-base-v2'),
+    (dict(retriever={'url': 'http://x'}),
      'the engine is http://x, theirs E5-base-v2'),
     (dict(datasets={'musique': MUSIQUE}),
      'questions: MuSiQue 50 drawn of 340 (dev.jsonl) for 2,417 (dev)'),
@@ -112,6 +119,8 @@ def test_what_was_measured_alike_is_no_difference():
     (dict(prompt_file='p.txt'), 'the prompt is that of p.txt'),
 ])
 def test_each_difference_is_named(change, clause):
+  if 'retriever' in change:
+    change = {'retriever': AS_PUBLISHED['retriever'] | change['retriever']}
   assert clause in evaluate_stored.differences(AS_PUBLISHED | change)
 
 
