@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import itertools
+import json
 import os
 import pathlib
 import tempfile
@@ -118,13 +119,16 @@ def prepare(
         release.repository, [release.splits[s].hub for s in rest], raw_dir)
   if rest:
     files |= builders.find(release, raw_dir, rest)
+  folder = paths.Path(data_dir) / prepared.Name(
+      release.name, release.config, wanted[0]).folder
+  _keep_others(folder, wanted)
   names = builders.read_aliases(aliases) if aliases else None
   progress = metrics.Progress(1)
   start = time.monotonic()
   first = prepared.CONFIGS[release.name][:1] in ((), (release.config,))
   corpus = release.name if first else f'{release.name}_{release.config}'
-  with tempfile.TemporaryDirectory() as folder:
-    draft = pathlib.Path(folder) / prepared.PASSAGES
+  with tempfile.TemporaryDirectory() as scratch:
+    draft = pathlib.Path(scratch) / prepared.PASSAGES
     questions, pool = {}, formats.Pool()
     with open(draft, 'w', encoding='utf-8') as out:
       for split in wanted:
@@ -136,8 +140,6 @@ def prepare(
         name = builders.named(
             release, split, len(examples), files[split], partial)
         questions[name] = examples
-    folder = paths.Path(data_dir) / prepared.Name(
-        release.name, release.config, wanted[0]).folder
     total = sum(map(len, questions.values()))
     with _counted(progress, f'writing {release.name}', total) as tick:
       builders.write(
@@ -158,22 +160,39 @@ def prepare(
     print(f'{corpus}:corpus: {len(pool):,} passages, each title and text once')
   print(f'written to {folder} in {time.monotonic() - start:.1f} s'
         + (f', JSON lines to {export}' if export else ''))
-  variant = '' if first else f'/{release.config}'
-  source = lambda split: f'{release.name}{variant}:{split}'
-  train = next((s for s in questions if s.startswith('train')), None)
-  held_out = next((s for s in questions if not s.startswith('train')), None)
-  data = f'--config.data.directory={data_dir}' + (
-      f' --config.data.corpus={corpus}:corpus' if len(pool) else
-      ' --config.data.corpus=…')
+  _say_next(
+      f'{release.name}{"" if first else "/" + release.config}', questions,
+      f'{corpus}:corpus' if len(pool) else '…', data_dir)
+
+
+def _keep_others(folder, splits):
+  """Refuses to replace a prepared set by one that has fewer splits."""
+  info = folder / 'dataset_info.json'
+  if not info.exists():
+    return
+  there = [split['name'] for split in json.loads(info.read_text())['splits']]
+  lost = [
+      name for name in there if name.removesuffix('_partial') not in splits]
+  if lost:
+    raise ValueError(
+        f'{folder} holds {", ".join(lost)}, which preparing '
+        f'{", ".join(splits)} alone would lose: prepare all splits in one go, '
+        'or choose another --data_dir.')
+
+
+def _say_next(name, splits, corpus, data_dir):
+  """The command that uses what has been prepared."""
+  train = next((s for s in splits if s.startswith('train')), None)
+  held_out = next((s for s in splits if not s.startswith('train')), None)
   if train and held_out:
     print('next: python -m stepsearch.train --config=configs/musique.py '
-          f'--workdir=runs/{release.name} {data} '
-          f'--config.data.train={source(train)} '
-          f'--config.data.eval={source(held_out)}')
+          f'--workdir=runs/{name} --config.data.directory={data_dir} '
+          f'--config.data.corpus={corpus} --config.data.train={name}:{train} '
+          f'--config.data.eval={name}:{held_out}')
   elif held_out:
     print('next: python -m stepsearch.evaluate --config=configs/musique.py '
-          f'--checkpoint=… --output=… {data} '
-          f'--config.data.eval={source(held_out)}')
+          f'--checkpoint=… --output=… --datasets={name}:{held_out} '
+          f'--data_dir={data_dir} --corpus={corpus}')
 
 
 def _write_corpus(name, lines, size, data_dir, progress, *, partial):

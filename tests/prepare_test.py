@@ -163,6 +163,18 @@ def test_the_size_of_a_split_is_checked(tmp_path, musique):
     prepare.prepare(musique, data, raw, splits=['test'])
 
 
+def test_no_split_is_lost(tmp_path, musique):
+  raw, data = _raw(tmp_path / 'raw', train=2, dev=2), str(tmp_path / 'data')
+  prepare.prepare(musique, data, raw, partial=True)
+  with pytest.raises(ValueError, match='holds train_partial, which prep.* dev'):
+    prepare.prepare(musique, data, raw, splits=['dev'])
+  _raw(tmp_path / 'raw', train=3)  # the whole file has come
+  prepare.prepare(musique, data, raw)
+  for split, size in ('train', 3), ('dev', 2):
+    assert len(datasets.read_questions(
+        f'musique:{split}', directory=data)) == size
+
+
 def test_raw_files_are_found_also_in_archives(tmp_path, musique):
   raw = tmp_path / 'raw'
   _raw(raw, train=3)
@@ -360,7 +372,7 @@ def test_the_command(tmp_path):
       'musique', f'--dev={raw}/musique_ans_v1.0_dev.jsonl', '--partial',
       f'--data_dir={data}')
   assert (done.returncode, done.stderr) == (0, '')
-  assert '--config.data.eval=musique:dev_partial' in done.stdout
+  assert '--datasets=musique:dev_partial --data_dir=' in done.stdout
 
 
 @pytest.mark.skipif(
