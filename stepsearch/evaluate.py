@@ -182,18 +182,7 @@ def run_benchmarks(
   key = jax.random.key(config.seed)
   params, step = source.actor(player, key)
 
-  shared = {
-      'checkpoint': str(source.root), 'step': step,
-      'fingerprint': source.fingerprint(step),
-      'decoding': _decoding(config, sampled),
-      'budgets': {name: config.rollout[name] for name in (
-          'k', 'max_turns', 'prompt_length', 'response_length',
-          'observation_length', 'max_length')},
-      'retriever': config.retriever.to_dict(),
-      'computed_in': player.model.dtype,
-      'averaging': 'plain mean over questions, whatever their hops',
-      'datasets': {s.name: s.settings for s in sets},
-      'versions': assembly.versions()}
+  shared = _settings(config, source, step, player, sets, sampled)
   distributed.agree('evaluation', shared)
   records = {}
   for name, method in chosen.items():
@@ -300,11 +289,24 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
   return list(sets.values())
 
 
-def _decoding(config, sampled) -> dict[str, Any]:
-  if not sampled:
-    return {'kind': 'greedy'}
-  return {'kind': 'sampled', 'seed': config.seed} | {
-      name: config.rollout[name] for name in ('temperature', 'top_p', 'top_k')}
+def _settings(config, source, step, player, sets, sampled) -> dict[str, Any]:
+  """What the numbers of all methods depend on, for eval.json."""
+  decoding = {'kind': 'greedy'}
+  if sampled:
+    decoding = {'kind': 'sampled', 'seed': config.seed} | {
+        name: config.rollout[name]
+        for name in ('temperature', 'top_p', 'top_k')}
+  return {
+      'checkpoint': str(source.root), 'step': step,
+      'fingerprint': source.fingerprint(step), 'decoding': decoding,
+      'budgets': {name: config.rollout[name] for name in (
+          'k', 'max_turns', 'prompt_length', 'response_length',
+          'observation_length', 'max_length')},
+      'retriever': config.retriever.to_dict(),
+      'computed_in': player.model.dtype,
+      'averaging': 'plain mean over questions, whatever their hops',
+      'datasets': {s.name: s.settings for s in sets},
+      'versions': assembly.versions()}
 
 
 def _play(

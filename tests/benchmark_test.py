@@ -14,6 +14,7 @@ from configs import default
 from stepsearch import benchmark
 from stepsearch import evaluate
 from stepsearch import methods
+from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
 from stepsearch.models import hf
@@ -233,7 +234,8 @@ def evaluation(tmp_path, monkeypatch, scripted, model, chatty, tokenizer):
   def run(output, questions=0, **options):
     kind = 'sampled' if options.get('sampled') else 'greedy'
     return evaluate.run_benchmarks(
-        config, str(tmp_path / kind), str(tmp_path / output),
+        config, str(tmp_path / kind),
+        output if '://' in output else str(tmp_path / output),
         [str(tmp_path / name / 'questions.jsonl')
          for name in ('first', 'second')],
         str(tmp_path / '{dataset}/corpus.jsonl'), questions=questions,
@@ -290,6 +292,28 @@ def test_an_evaluation_interrupted_anywhere_ends_as_it_would_have(
   evaluation.config.rollout.max_turns = 2
   with pytest.raises(ValueError, match='another evaluation: its budgets is'):
     evaluation('cut')
+
+
+def test_an_evaluation_in_a_store_goes_on_from_its_last_batch(
+    evaluation, tmp_path, monkeypatch, bucket):
+  whole = evaluation('whole', 5)['agent']
+  add = benchmark.Record.add
+
+  def add_until(self, number, row):
+    if number == 4 and row['dataset'] == 'second':
+      raise KeyboardInterrupt
+    add(self, number, row)
+
+  out = f'{bucket}/out'
+  with monkeypatch.context() as patch:
+    patch.setattr(benchmark.Record, 'add', add_until)
+    with pytest.raises(KeyboardInterrupt):
+      evaluation(out, 5)
+  kept = (paths.Path(out) / 'transcripts.jsonl').read_text().splitlines()
+  assert len(kept) == 9
+  assert evaluation(out, 5)['agent'] == whole
+  assert (paths.Path(out) / 'transcripts.jsonl').read_text() == (
+      tmp_path / 'whole/transcripts.jsonl').read_text()
 
 
 def test_another_set_compiles_nothing(evaluation, monkeypatch):
