@@ -127,6 +127,20 @@ def test_gold_documents_become_those_of_the_corpus(tmp_path):
   assert [sub.gold for sub in vague.sub_questions] == [(), ()]
 
 
+def test_ids_of_another_corpus_name_no_passage(tmp_path):
+  row = {'id': 'q', 'question': 'Who?', 'answer': 'Fred', 'gold': [
+      {'id': 3, 'title': 'A', 'text': 'One.'},
+      {'id': 4, 'title': 'B', 'text': 'Two.'}], 'decomposition': [
+          {'question': 'what', 'answer': 'x', 'gold': [3]}]}
+  corpus = {
+      '3': Document('3', 'Z', 'Quite another.'),
+      '7': Document('7', 'B', 'Two.')}
+  found = _one(tmp_path, row, corpus_by_id=corpus)
+  assert found.gold_documents == (
+      Document('q/3', 'A', 'One.'), corpus['7'])
+  assert found.sub_questions[0].gold == ('q/3',)
+
+
 @pytest.mark.parametrize('row', [_HOTPOT, _FACES, {
     'id': 'h', 'question': 'Who?', 'golden_answers': ['Fred'],
     'metadata': {key: _FACES[key] for key in (

@@ -373,7 +373,13 @@ def _lookup(d, example, corpus, by_key, by_title) -> Document | None:
     if corpus is None:
       return d
     own = corpus.get(d.id)
-    return own if _same(own, d) else by_key.get((d.title, d.text), d)
+    if _same(own, d):
+      return own
+    if (d.title, d.text) in by_key:
+      return by_key[d.title, d.text]
+    # Another passage of the corpus may have its id, that of another corpus.
+    return d if own is None else dataclasses.replace(
+        d, id=f'{example.id}/{d.id}')
   if corpus is None:
     return None
   if not d.title:
