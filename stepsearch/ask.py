@@ -31,6 +31,7 @@ import numpy as np
 from stepsearch import assembly
 from stepsearch import config as config_lib
 from stepsearch import engine as engine_lib
+from stepsearch import methods
 from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
@@ -55,6 +56,7 @@ class Searcher:
       self, config: ml_collections.ConfigDict, checkpoint: str, *,
       index: str | None = None, corpus: str | None = None,
       k: int | None = None, temperature: float = 0.0, step: int | None = None,
+      method: str = methods.AGENT,
       say: Callable[[str], None] = print,
   ):
     """Loads both.
@@ -69,6 +71,7 @@ class Searcher:
       k: passages a search; None: config.rollout.k.
       temperature: of sampling; 0: the most likely tokens.
       step: of the checkpoint; the newest by default.
+      method: of `stepsearch.methods`: how it is told to search and answer.
       say: prints a line of progress.
 
     Raises:
@@ -96,7 +99,14 @@ class Searcher:
           config.data.corpus, config.data.directory)
       datasets.check([], passages, turn_rewards=False, k=config.rollout.k)
     self._search = engine_lib.build(config, passages, self._scratch.name, say)
-    self._collect = player.collector(player.protocol, self._search.search)
+    self._protocol = player.protocol
+    if method != methods.AGENT:
+      config_lib.require(
+          config.rollout.protocol == 'full', 'rollout.protocol',
+          config.rollout.protocol, f'--method={method} is for models of real '
+          'language, which take the full texts.')
+      self._protocol = methods.make(method).protocol
+    self._collect = player.collector(self._protocol, self._search.search)
     self._ends = [
         player.tokenizer.byte_strings[i].decode()
         for i in player.tokenizer.eos_ids]
@@ -133,7 +143,7 @@ class Searcher:
     turns = [self._words(turn) for turn in transcript.turns]
     return {
         'question': question,
-        'answer': protocol.answer(turns[-1].text),
+        'answer': self._protocol.prediction(turns[-1].text),
         'turns': [_turn(turn) for turn in turns],
         'searches': transcript.searches,
         'tokens': int(np.sum(trajectory.loss_mask)),
@@ -221,16 +231,19 @@ class Screen:
     """What is new of the newest turn; as `on_turn` of `Searcher`."""
     ended = turn.query is not None or bool(turn.observation)
     self._spans(turn.text, growing=not ended)
-    if turn.observation:
+    if turn.observation or turn.documents:
       self._observed(turn)
       self._told.clear()
     self._out.flush()
 
   def end(self, found: dict[str, Any]) -> None:
     """The rest of the last turn, and a line of figures."""
-    self._spans(found['turns'][-1]['text'], growing=False)
+    text = found['turns'][-1]['text']
+    self._spans(text, growing=False)
     if found['answer'] is None:
       self._line('answer', 'none', _WARNING)
+    elif not any(kind == 'answer' for kind, _ in protocol.spans(text)):
+      self._line('answer', found['answer'], _COLOURS['answer'])
     searches = found['searches']
     self._line(
         '', f'{searches} search{"es" if searches != 1 else ""}, '
@@ -382,6 +395,10 @@ if __name__ == '__main__':
   _CORPUS = flags.DEFINE_string(
       'corpus', None, 'JSONL of passages to search in instead.')
   _K = flags.DEFINE_integer('k', None, 'Passages a search.', lower_bound=1)
+  _METHOD = flags.DEFINE_enum(
+      'method', methods.AGENT, list(methods.METHODS),
+      'How the model is told to search and answer, as of evaluate; other '
+      "systems' checkpoints have methods of their own.")
   _TEMPERATURE = flags.DEFINE_float(
       'temperature', 0.0, 'Of sampling; 0: the most likely tokens.')
 
@@ -392,6 +409,7 @@ if __name__ == '__main__':
       searcher = Searcher(
           config, _CHECKPOINT.value, index=_INDEX.value, corpus=_CORPUS.value,
           k=_K.value, temperature=_TEMPERATURE.value, step=_STEP.value,
+          method=_METHOD.value,
           say=(lambda line: None) if as_json else print)
     typed = not one and sys.stdin.isatty()
     questions = (

@@ -211,6 +211,26 @@ def test_a_folder_searches_in_what_it_is_given(run, folder, tmp_path):
   assert (run / 'index' / 'index.json').read_text() == before
 
 
+def test_other_methods(run):
+  with pytest.raises(ValueError, match='rollout.protocol = .short.*=rag'):
+    _searcher(run, method='rag')
+  config = config_lib.stored(run, [
+      'rollout.protocol=full', 'rollout.prompt_length=400',
+      'rollout.max_length=560', 'rollout.observation_length=96'])
+  heard = []
+  found = ask.Searcher(
+      config, str(run), method='rag', say=lambda line: None)(
+          'what is in the of ?', heard.append)
+  # What stands in the prompt was found first, for the question.
+  first, last = found['turns']
+  assert len(first['documents']) == 2 and first['query'] == found['question']
+  assert [d.title for d in heard[0].documents] == [
+      d['title'] for d in first['documents']] and not heard[0].text
+  assert found['searches'] == 1
+  # By the rule of the method: the first line, without a tag.
+  assert found['answer'] == (last['text'].split('\n')[0].strip() or None)
+
+
 @pytest.mark.parametrize('options, said', [
     (dict(temperature=-1.0), '--temperature=-1.0'),
     (dict(index='no/such'), '--index=no/such: there is no index here'),
@@ -261,6 +281,20 @@ def test_a_terminal_shows_what_is_known_at_once(monkeypatch):
   out.truncate(0)
   ask.ask(Stub(), ['who ?'], typed=True)
   assert '\x1b' not in out.getvalue()
+
+
+def test_documents_of_a_prompt_and_answers_without_tags(capsys):
+  def play(question, on_turn):
+    on_turn(types.Turn('', question, _DOCUMENTS[:1]))
+    on_turn(types.Turn('Bure Fan'))
+    return dict(
+        question=question, answer='Bure Fanavi', searches=1, tokens=2,
+        seconds=0.04, turns=[dict(text=''), dict(text='Bure Fanavi\n')])
+
+  ask.ask(play, ['who ?'])
+  assert capsys.readouterr().out.splitlines()[2:] == [
+      '        1  Kibufi Dusovu', 'writes  Bure Fanavi', 'answer  Bure Fanavi',
+      '        1 search, 2 tokens, 0.0 s']
 
 
 def test_ctrl_c_ends_an_answer_and_errors_end_none(capsys):

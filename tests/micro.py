@@ -37,7 +37,7 @@ def searcher(workdir: pathlib.Path) -> ml_collections.ConfigDict:
       str(pathlib.Path(__file__).parents[1] / 'configs' / 'tiny.py'),
       [*OVERRIDES, f'model.embed={size}', f'model.vocab_size={size}',
        'model.layers=1', 'model.qk_norm=false', 'model.tie_embeddings=false',
-       'rollout.max_turns=2'])
+       'rollout.max_turns=2', 'rollout.max_length=640'])
   say = lambda line: None
   parts = assembly.build(config, workdir, training=False, say=say)
   follows = {}

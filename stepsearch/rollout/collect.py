@@ -255,6 +255,7 @@ class Collector:
       on_turn: called with the number of an example and its newest turn as far
         as it is known: after each chunk with the text so far (which may end
         within a character), once with the query, once with the documents.
+        Documents in the prompt are those of a turn without a text.
       on_end: called with the number of an example once its episode has ended.
 
     Returns:
@@ -262,6 +263,9 @@ class Collector:
       `metrics` then holds figures of this call.
     """
     episodes = self._episodes([example.question for example in examples])
+    for number, episode in enumerate(episodes):
+      for turn in episode.turns if on_turn else ():
+        on_turn(number, turn)
     play = _Play(
         self, params, episodes, key, first_episode, greedy, on_turn, on_end)
     while play.unfinished:
