@@ -222,7 +222,7 @@ def test_vectors_do_not_depend_on_the_batch(bert, mesh, texts, monkeypatch):
   alone = np.concatenate([embedder.embed_passages([t]) for t in texts[:10]])
   np.testing.assert_allclose(alone, together[:10], atol=2e-6)
   monkeypatch.setitem(encoders._TOKENS, 'cpu', 70)
-  monkeypatch.setattr(encoders, '_width', lambda n: 40)
+  monkeypatch.setattr(encoders, 'width', lambda n: 40)
   np.testing.assert_allclose(
       embedder.embed_passages(texts), together, atol=2e-6)
   assert embedder.embed_queries([]).shape == (0, 32)
@@ -289,11 +289,11 @@ def test_few_queries_make_a_small_batch(bert, mesh, monkeypatch, count, rows):
 
 
 def test_widths():
-  widths = [encoders._width(n) for n in range(1, 513)]
+  widths = [encoders.width(n) for n in range(1, 513)]
   assert len(set(widths)) == 40 and widths == sorted(widths)
   for n, width in enumerate(widths, 1):
     assert n <= width < max(n + 4, 1.125 * n)
-    assert encoders._width(width) == width
+    assert encoders.width(width) == width
 
 
 def test_long_texts_are_cut(copy, mesh):
@@ -535,7 +535,7 @@ def test_minilm_is_that_of_torch(mesh, monkeypatch):
   passages = [f'{row["title"]}\n{row["text"]}' for row in rows]
   embedder = encoders.load(folder, mesh=mesh)
   # Fewer widths: the test spends its time compiling.
-  monkeypatch.setattr(encoders, '_width', lambda n: -(-n // 64) * 64)
+  monkeypatch.setattr(encoders, 'width', lambda n: -(-n // 64) * 64)
   assert 'pooling=mean max_length=256' in embedder.fingerprint
   found = embedder.embed_passages(passages)
   model = transformers.BertModel.from_pretrained(folder).eval()

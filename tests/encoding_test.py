@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ from safetensors import numpy as safetensors
 import tokenizers
 
 from stepsearch import build_index
+from stepsearch import encode
 from stepsearch import passages
 from stepsearch import paths
 from stepsearch.models import encoder
@@ -228,6 +230,21 @@ def test_the_commands_survive_a_kill_and_make_the_same_index(tmp_path, capsys):
   with pytest.raises(ValueError, match='--vectors=.* are of another corpus'):
     build_index.run(
         str(corpus), str(tmp_path / 'index'), vectors=str(vectors))
+
+
+def test_the_cost_on_a_slice_is_that_of_the_encoders_arithmetic(capsys):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu (launch/requirements-compile.txt) is not installed')
+  found = encode.estimate(16_000_000, 'v5e:4x4', tokens=130)
+  c, length = encoders.E5_BASE, 144  # the next width
+  weights = c.layers * (4 * c.embed**2 + 2 * c.embed * c.mlp)
+  flops = 2 * weights * length + 4 * c.layers * c.embed * length**2
+  assert found['flops'] == pytest.approx(flops, rel=0.02)
+  # A million passages a chip, at 197 TFLOPs a second.
+  least = 1e6 * flops / 197e12 / 3600
+  assert found['least'] == pytest.approx(least, rel=0.02)
+  assert found['compiler'] > found['least']
+  assert 'bound by compute' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arguments, message', [

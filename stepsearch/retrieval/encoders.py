@@ -8,7 +8,7 @@ passages. BERT encoders (E5, BGE, MiniLM) go through `models.encoder`, decoders
 that embed by their last token (Qwen3-Embedding) through `models.qwen`.
 
 Batches have few shapes, so that few programs are compiled: the widths of
-`_width`, and for each width one number of rows, or a power of two for what is
+`width`, and for each width one number of rows, or a power of two for what is
 left over.
 """
 
@@ -140,14 +140,14 @@ def batches(
   order = order[lengths[order] > 0]
   tokens_a_batch = _TOKENS.get(layout.platform, _TOKENS_ELSEWHERE)
   while len(order):
-    width = min(_width(int(lengths[order[0]])), max_length)
-    full = max(tokens_a_batch // width, 1)
+    columns = min(width(int(lengths[order[0]])), max_length)
+    full = max(tokens_a_batch // columns, 1)
     size = layout.shards * min(
         full, _power_of_two(-(-len(order) // layout.shards)))
     chosen, order = order[:size], order[size:]
     arrays = []
     for rows in (tokens, *others):
-      array = np.zeros([size, width], np.int32)
+      array = np.zeros([size, columns], np.int32)
       for i, row in enumerate(chosen):
         array[i, : lengths[row]] = rows[row]
       arrays.append(array)
@@ -171,36 +171,39 @@ def _vectors(module, pooling, params, tokens, lengths):
 
 
 def lower(
-    path: str | os.PathLike[str] | None, devices: Sequence[Any]
+    path: str | os.PathLike[str] | None, devices: Sequence[Any],
+    length: int | None = None,
 ) -> tuple[Any, Callable[[], Any]]:
-  """A full batch of the longest texts, for devices that need not be there.
+  """A full batch of texts, for devices that need not be there.
 
   Args:
     path: as of `load`; None: the shape of E5-base-v2.
     devices: of one process.
+    length: tokens of a text; None: as many as one may have.
 
   Returns:
     The parameters as shapes with shardings, and what gives the
     `jax.stages.Lowered`.
   """
   layout = sharding.Layout(sharding.make_mesh(devices=devices))
-  module, pooling, length = encoder.Bert(E5_BASE), 'mean', E5_BASE.positions
+  module, pooling, limit = encoder.Bert(E5_BASE), 'mean', E5_BASE.positions
   if path is not None:
     folder = folder_lib.Folder(path)
     if folder.config.get('model_type') in _DECODERS:
       config = dataclasses.replace(
           hf.read_config(folder), tie_embeddings=True)
-      module, length = qwen.Qwen(config), config.max_length
+      module, limit = qwen.Qwen(config), config.max_length
       pooling = 'lasttoken'
     else:
       config = encoder.read_config(folder)
-      module, length = encoder.Bert(config), config.positions
-    length = min(_max_length(folder) or length, length)
+      module, limit = encoder.Bert(config), config.positions
+    limit = min(_max_length(folder) or limit, limit)
+  length = min(width(length or limit), limit)
   init = encoder.init if isinstance(module, encoder.Bert) else qwen.init
   shapes = jax.eval_shape(lambda: init(module.config, jax.random.key(0)))
   params = sharding.shapes(
       shapes, jax.tree.map(lambda _: layout.replicated, shapes))
-  rows = layout.shards * max(_TOKENS_ELSEWHERE // length, 1)
+  rows = layout.shards * batch_rows(length)
   tokens, lengths = (
       jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.rows)
       for shape in ((rows, length), (rows,)))
@@ -208,7 +211,12 @@ def lower(
       module, pooling, params, tokens, lengths)
 
 
-def _width(length: int) -> int:
+def batch_rows(length: int) -> int:
+  """Texts of so many tokens that one accelerator takes at once."""
+  return max(_TOKENS_ELSEWHERE // length, 1)
+
+
+def width(length: int) -> int:
   """The width of a batch whose longest text has so many tokens.
 
   Multiples of a sixteenth of the next power of two, and of 4. Up to 512 tokens
