@@ -278,12 +278,15 @@ class Record:
     """EM of what has been played of a set."""
     return float(np.mean([r['em'] for r in self._rows[dataset].values()]))
 
-  def finish(self, seed: int, seconds: float) -> dict[str, dict[str, Any]]:
+  def finish(
+      self, seed: int, seconds: float, failed: int
+  ) -> dict[str, dict[str, Any]]:
     """Writes both files as they stay.
 
     Args:
       seed: of the bootstrap.
       seconds: that this took, without what an interrupted one had taken.
+      failed: searches that found nothing since then, for the engine failed.
 
     Returns:
       `measure` of each set.
@@ -299,7 +302,8 @@ class Record:
         paths.write(self.folder / 'eval.json', json.dumps(
             self.settings | {
                 'date': now.isoformat(timespec='seconds'),
-                'seconds': round(seconds, 1), 'results': results},
+                'seconds': round(seconds, 1), 'failed_searches': failed,
+                'results': results},
             indent=2) + '\n')
     return distributed.exchange(results, 'record')[0]
 

@@ -134,7 +134,7 @@ def run_benchmarks(
     config: ml_collections.ConfigDict, checkpoint: str, output: str,
     sources: Sequence[str], corpus: str = '', step: int | None = None, *,
     methods: Sequence[str] = (methods_lib.AGENT,), questions: int = 0,
-    prompt: str = '', sampled: bool = False,
+    prompt: str = '', system: str = '', sampled: bool = False,
 ) -> dict[str, Results]:
   """Plays sets of questions by one or several methods.
 
@@ -153,6 +153,7 @@ def run_benchmarks(
     methods: of `stepsearch.methods`.
     questions: of each set, drawn with config.seed; 0: all.
     prompt: a text file that takes the place of the prompt of the one method.
+    system: a text file with a system message for it.
     sampled: at T = config.rollout.temperature instead of greedy.
 
   Returns:
@@ -164,11 +165,11 @@ def run_benchmarks(
   source, out = _begin(
       config, checkpoint, output, step=step, sampled=sampled,
       sources=list(sources), corpus=corpus, methods=list(methods),
-      questions=questions, prompt=prompt)
+      questions=questions, prompt=prompt, system=system)
   begun = time.monotonic()
   progress = metrics.Progress(0)
   player = source.player(config, say=progress.line)
-  chosen = _methods(methods, prompt, player, config)
+  chosen = _methods(methods, prompt, system, player, config)
   sets = _sets(
       config, sources, corpus or config.data.corpus, questions, out,
       progress.line)
@@ -190,7 +191,8 @@ def run_benchmarks(
         out / name if len(chosen) > 1 else out,
         {'method': name, 'does': method.does, 'differs': method.differs,
          'prompt': method.protocol.instruction, 'chat': collectors[name].chat,
-         'prompt_file': prompt or None} | shared)
+         'system': method.protocol.system, 'prompt_file': prompt or None
+         } | shared)
   ends = [
       player.tokenizer.byte_strings[i].decode()
       for i in player.tokenizer.eos_ids]
@@ -204,11 +206,12 @@ def run_benchmarks(
         _play(
             one, collect, chosen[name].protocol, params, key, records[name],
             size, ends, sampled, progress)
+  failed = sum({
+      id(s.engine): getattr(s.engine, 'failed', 0) for s in sets}.values())
   results = {
-      name: record.finish(config.seed, time.monotonic() - begun)
+      name: record.finish(config.seed, time.monotonic() - begun, failed)
       for name, record in records.items()}
-  _warn(sum({id(s.engine): getattr(s.engine, 'failed', 0)
-             for s in sets}.values()), progress)
+  _warn(failed, progress)
   for line in table(results):
     progress.line(line)
   progress.line('written: ' + ', '.join(
@@ -216,7 +219,7 @@ def run_benchmarks(
   return results
 
 
-def _methods(names, prompt, player, config):
+def _methods(names, prompt, system, player, config):
   config_lib.require(
       config.rollout.protocol == 'full' or list(names) == [methods_lib.AGENT],
       'rollout.protocol', config.rollout.protocol,
@@ -224,20 +227,23 @@ def _methods(names, prompt, player, config):
       'to full, with a model of real language.')
   if len(set(names)) < len(names):
     raise ValueError(f'--method={",".join(names)}: each only once.')
-  instruction = ''
-  if prompt:
-    if len(names) > 1:
-      raise ValueError(
-          f'--prompt={prompt} is of one method, but --method names '
-          f'{len(names)}.')
-    with paths.explained(prompt):
-      instruction = paths.Path(prompt).read_text()
-  found = {name: methods_lib.make(name, instruction) for name in names}
+  if (prompt or system) and len(names) > 1:
+    raise ValueError(
+        f'--prompt={prompt} --system_prompt={system}: these are of one method, '
+        f'but --method names {len(names)}.')
+  texts = []
+  for path in (prompt, system):
+    with paths.explained(path):
+      texts.append(paths.Path(path).read_text() if path else '')
   if config.rollout.protocol == 'short':
-    found = {
-        name: dataclasses.replace(method, protocol=player.protocol)
-        for name, method in found.items()}
-  return found
+    if any(texts):
+      raise ValueError(
+          f'--prompt={prompt} --system_prompt={system}: a policy with '
+          'config.rollout.protocol = short knows no other prompt.')
+    method = methods_lib.make(methods_lib.AGENT)
+    return {methods_lib.AGENT: dataclasses.replace(
+        method, protocol=player.protocol)}
+  return {name: methods_lib.make(name, *texts) for name in names}
 
 
 def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
@@ -397,6 +403,9 @@ def _command(argv: Sequence[str]) -> None:
       'config.seed; 0: all.', lower_bound=0)
   prompt = flags.DEFINE_string(
       'prompt', '', 'Text file with {question}: the prompt of the --method.')
+  system_prompt = flags.DEFINE_string(
+      'system_prompt', '', 'Text file: the system message of the --method, '
+      'instead of the one in the chat template.')
   compare = flags.DEFINE_bool(
       'compare', False, 'Also write comparison.md: the numbers of --datasets '
       'beside published ones, and what was measured differently.')
@@ -414,7 +423,7 @@ def _command(argv: Sequence[str]) -> None:
             config, checkpoint.value, output.value, datasets.value,
             corpus.value, step.value, methods=method.value,
             questions=questions.value, prompt=prompt.value,
-            sampled=sampled.value)
+            system=system_prompt.value, sampled=sampled.value)
         if compare.value and distributed.index() == 0:
           folders = [paths.Path(output.value)]
           if len(method.value) > 1:
@@ -423,7 +432,9 @@ def _command(argv: Sequence[str]) -> None:
           print(f'\n{table}', end='', flush=True)
           paths.write(paths.Path(output.value) / 'comparison.md', table)
         return
-      for name in ('corpus', 'method', 'questions', 'prompt', 'compare'):
+      for name in (
+          'corpus', 'method', 'questions', 'prompt', 'system_prompt',
+          'compare'):
         if flags.FLAGS[name].present:
           raise ValueError(
               f'--{name}={flags.FLAGS[name].value}: this is of --datasets, '

@@ -145,13 +145,14 @@ METHODS = {
 }
 
 
-def make(name: str, instruction: str = '') -> Method:
+def make(name: str, instruction: str = '', system: str = '') -> Method:
   """The method of a name.
 
   Args:
     name: a key of `METHODS`.
     instruction: takes the place of its prompt, with '{question}' in it, and
       '{documents}' where its own has that.
+    system: a system message.
 
   Raises:
     ValueError: no such method, or an instruction that leaves one of them out.
@@ -161,6 +162,9 @@ def make(name: str, instruction: str = '') -> Method:
         f'--method={name}: there is no such method; there are '
         f'{", ".join(METHODS)}.')
   method = METHODS[name]
+  if system:
+    method = dataclasses.replace(method, protocol=dataclasses.replace(
+        method.protocol, system=system))
   if not instruction:
     return method
   for part in ('{question}', '{documents}'):

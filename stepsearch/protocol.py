@@ -102,6 +102,7 @@ class Protocol:
   answers: Literal['tags', 'conclusion', 'line', 'boxed'] = 'tags'
   thinks: bool = True  # the format asks for what `format_ok` asks for
   chat: str = ''  # on | off, what config.rollout.chat = auto comes to
+  system: str = ''  # the system message; '' = that of the chat template
 
   def __post_init__(self):
     required = {'instruction': '{question}'}

@@ -87,7 +87,8 @@ class Tokenizer:
     return joined.decode('utf-8', errors='replace')
 
   def prompt(
-      self, question: str, instruction: str, chat: str = 'auto'
+      self, question: str, instruction: str, chat: str = 'auto',
+      system: str = '',
   ) -> list[int]:
     """Tokens of the prompt that asks `question`.
 
@@ -98,12 +99,15 @@ class Tokenizer:
         user message followed by the opening of the assistant's; 'off': it is
         sent plainly, after what the tokenizer puts before any text (a
         beginning-of-sequence token, say); 'auto': on if `chats`.
+      system: the system message in front of it; '': what the template itself
+        puts there.
 
     Returns:
       list of int.
 
     Raises:
-      ValueError: no placeholder, or a template that cannot be rendered.
+      ValueError: no placeholder, a template that cannot be rendered, or a
+        system message without one.
     """
     if '{question}' not in instruction:
       raise ValueError(
@@ -117,9 +121,17 @@ class Tokenizer:
           f'{self._fast.name_or_path!r} has no chat template: use auto or off.'
       )
     if chat == 'off' or (chat == 'auto' and not self.chats):
+      if system:
+        raise ValueError(
+            f'The prompt has a system message ({system[:40]!r}), and is sent '
+            'plainly, where there is none: set config.rollout.chat=on, or put '
+            'its text into the prompt.'
+        )
       return [*self._prefix, *self.encode(text)]
+    messages = [{'role': 'system', 'content': system}] if system else []
     return self._encode(self._render(
-        [{'role': 'user', 'content': text}], add_generation_prompt=True
+        [*messages, {'role': 'user', 'content': text}],
+        add_generation_prompt=True,
     ), specials=True)
 
   @functools.cached_property

@@ -366,10 +366,12 @@ def test_evaluations_that_cannot_be_are_refused(evaluation, tmp_path):
       evaluation('out', **options)
 
   refused('only --method=agent can do with the short', methods=['direct'])
+  (tmp_path / 'prompt').write_text('nothing')
+  refused('short knows no other prompt', prompt=str(tmp_path / 'prompt'))
   evaluation.config.rollout.protocol = 'full'
   refused('each only once', methods=['agent', 'agent'])
   refused('no such method', methods=['agnet'])
-  refused('is of one method', methods=['rag', 'direct'], prompt='x')
-  (tmp_path / 'prompt').write_text('nothing')
+  refused('are of one method', methods=['rag', 'direct'], prompt='x')
+  refused('cannot be read', methods=['rag'], system='/no/such')
   refused('the method direct needs {question}', methods=['direct'],
           prompt=str(tmp_path / 'prompt'))

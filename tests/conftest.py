@@ -164,7 +164,7 @@ class Pieces:
     joined = b''.join(self.byte_strings[i] for i in np.asarray(ids).tolist())
     return joined.decode(errors='replace')
 
-  def prompt(self, question, instruction, chat='auto'):
+  def prompt(self, question, instruction, chat='auto', system=''):
     return self.encode(instruction.replace('{question}', question))
 
 

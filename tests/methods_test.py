@@ -38,6 +38,7 @@ def test_a_prompt_of_ones_own_is_no_difference():
       methods.make('search_r1', prompt) for prompt in ('', '{question}'))
   assert ours.differs.startswith(theirs.differs) and 'prompt' in ours.differs
   assert 'prompt' not in theirs.differs
+  assert methods.make('cot', '', 'Be kind.').protocol.system == 'Be kind.'
 
 
 def test_names_and_prompts_that_cannot_be():

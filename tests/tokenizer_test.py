@@ -232,6 +232,11 @@ def test_qwen_chat_prompt(qwen):
       f'<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n'
   )
   assert chat.count(qwen.eos_ids[0]) == 1
+  with_system = qwen.prompt('Who?', protocol.INSTRUCTION, system='Be kind.')
+  assert qwen.decode(with_system) == (
+      '<|im_start|>system\nBe kind.<|im_end|>\n' + qwen.decode(chat))
+  with pytest.raises(ValueError, match=r"message \('Be kind.'\), and is sent"):
+    qwen.prompt('Who?', '{question}', chat='off', system='Be kind.')
   # And the switch is back.
   assert qwen.eos_ids[0] not in qwen.encode('<|im_end|>')
 

@@ -201,7 +201,7 @@ class Collector:
           r'\{question\}|\{documents\}', lambda found: fields[found[0]],
           instruction), '{question}'
     ids = self._tokenizer.prompt(
-        question, instruction, self.chat)
+        question, instruction, self.chat, self._protocol.system)
     if len(ids) > self.config.prompt_length:
       raise ValueError(
           f'config.rollout.prompt_length = {self.config.prompt_length}, but '
