@@ -5,6 +5,7 @@
     python -m stepsearch.prepare corpus --name=wiki18 --files=F --data_dir=DATA
     python -m stepsearch.prepare gold --questions=Q --corpus=C --output=O
     python -m stepsearch.prepare keys --questions=Q --corpus=C --output=O
+    python -m stepsearch.prepare passages --files=ARTICLES --output=O
     python -m stepsearch.prepare inspect FILE …
 
 What is prepared is read as NAME:SPLIT, wherever a file of questions or a corpus
@@ -33,6 +34,7 @@ from stepsearch import config as config_lib
 from stepsearch import metrics
 from stepsearch import passages
 from stepsearch import paths
+from stepsearch import prepare_passages
 from stepsearch.data import datasets
 from stepsearch.data import formats
 from stepsearch.data import prepared
@@ -449,6 +451,7 @@ COMMANDS = {
     'gold': _gold,
     'keys': _keys,
     'inspect': _inspect,
+    'passages': prepare_passages.command,
 }
 
 if __name__ == '__main__':

@@ -34,7 +34,8 @@ _LAYERS = {
 }
 _SHARED_ENTRY = {
     'assembly', 'benchmark', 'config', 'engine', 'report',
-    'evaluate_retrieval', 'evaluate_stored', 'prepare_gold', 'prepare_keys'}
+    'evaluate_retrieval', 'evaluate_stored', 'prepare_gold', 'prepare_keys',
+    'prepare_passages'}
 _FORBIDDEN_NAMES = {'utils', 'util', 'common', 'helpers', 'base'}
 # module or package -> what it must not import, at any depth of its code
 _FORBIDDEN_IMPORTS = {
