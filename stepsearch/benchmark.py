@@ -34,10 +34,16 @@ from stepsearch import words
 from stepsearch.rl import rewards
 from stepsearch.rollout import collect
 
-# Sets that are scored by HotpotQA's rule.
-_YES_NO = ('hotpotqa', '2wiki')
+# In the names of sets that are scored by HotpotQA's rule.
+_YES_NO = ('hotpot', '2wiki')
 _ALL_OR_NOTHING = ('yes', 'no', 'noanswer')
 RESAMPLES = 2000
+
+
+def f1_rule(dataset: str) -> str:
+  """Whose script counts F1 of a set: hotpotqa | musique."""
+  found = any(part in dataset.lower() for part in _YES_NO)
+  return 'hotpotqa' if found else 'musique'
 
 
 def f1(prediction: str | None, answers: Iterable[str], dataset: str) -> float:
@@ -45,8 +51,9 @@ def f1(prediction: str | None, answers: Iterable[str], dataset: str) -> float:
   if prediction is None or not prediction.strip():
     return 0.0
   prediction = words.normalize(prediction)
+  yes_no = f1_rule(dataset) == 'hotpotqa'
   return max(
-      (_f1(prediction, words.normalize(answer), dataset in _YES_NO)
+      (_f1(prediction, words.normalize(answer), yes_no)
        for answer in answers), default=0.0)
 
 

@@ -289,6 +289,7 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
         'questions': source, 'split': known.split if known else None,
         'size': len(read), 'asked': len(asked),
         'drawn_with_seed': config.seed if len(asked) < len(read) else None,
+        'f1_rule': benchmark.f1_rule(name),
         'digest': assembly.digest([(e.id, e.question) for e in asked]),
         'corpus': where or remote, 'passages': len(documents) or None,
         'corpus_fingerprint': fingerprint})
