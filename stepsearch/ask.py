@@ -303,6 +303,7 @@ class Screen:
     self._column = _INDENT - 1
 
   def _write(self, text, colour):
+    text = ''.join(filter(str.isprintable, text))  # no passage's escape codes
     if self._terminal and self._column >= _INDENT and (
         self._column + 1 + len(text) > self._width()):
       self._label('')

@@ -268,9 +268,10 @@ def _of_this_version() -> Iterator[None]:
     if not pathlib.Path(where).is_relative_to(
         pathlib.Path(ml_collections.__file__).parent):
       raise
+    leaf = str(error).strip('"\'')
     raise ValueError(
-        f'the run was started by another version of StepSearch, and its '
-        f'{_STORED} lacks a leaf of this one ({error}): name its config file '
+        'the run was started by another version of StepSearch, and its '
+        f'{_STORED} lacks a leaf of this one ({leaf}): name its config file '
         'with --config=configs/….') from error
 
 

@@ -21,7 +21,7 @@ from tests import micro
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _DOCUMENTS = (
-    types.Document('1', 'Kibufi Dusovu', 'a town'),
+    types.Document('1', 'Kibufi\x1b\x07 Dusovu', 'a town'),
     types.Document('2', '', 'a passage without a title, and a long one, ' * 4))
 TURNS = (
     types.Turn(
