@@ -252,24 +252,29 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
   config_lib.require(
       corpus or remote, 'data.corpus', corpus,
       'name the passages that are searched: --corpus=FILE.')
-  sets: dict[str, Set] = {}
-  made: dict[str, Any] = {}  # corpora and their engines
+  read: dict[str, Any] = {}  # sets by name
+  passages: dict[str, Any] = {}  # by where they are
   for source in sources:
     if source in prepared.CONFIGS:
       source += ':test' if source == 'bamboogle' else ':dev'
-    known, name = prepared.parse(source), datasets_lib.name(source)
-    if name in sets:
+    name = datasets_lib.name(source)
+    if name in read:
       raise ValueError(
           f'--datasets names {name} twice: evaluate them one after the other.')
     where = corpus.replace('{dataset}', name)
-    documents, engine = made.get(where, ((), None))
-    if engine is None and where:
-      documents = datasets_lib.read_corpus(where, config.data.directory)
-    read = datasets_lib.read_questions(
-        source, documents.by_id if documents else None, dataset=name,
+    if where and where not in passages:
+      passages[where] = datasets_lib.read_corpus(where, config.data.directory)
+    examples = datasets_lib.read_questions(
+        source, passages[where].by_id if where else None, dataset=name,
         directory=config.data.directory)
-    asked = benchmark.sample(read, questions, config.seed)
-    if engine is None:
+    asked = benchmark.sample(examples, questions, config.seed)
+    say(f'{name}: {len(asked):,} of {len(examples):,} questions of {source}')
+    read[name] = source, where, len(examples), asked
+  engines: dict[str, Any] = {}
+  sets = []
+  for name, (source, where, size, asked) in read.items():
+    documents = passages.get(where, ())
+    if where not in engines:
       datasets_lib.check(
           [], None if remote else documents, turn_rewards=False,
           k=config.rollout.k)
@@ -277,23 +282,23 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
       folder = config.retriever.directory or str(
           out / 'index' / ('{dataset}' if '{dataset}' in corpus else ''))
       of_set.retriever.directory = folder.replace('{dataset}', name)
-      engine = engine_lib.build(
-          of_set, documents, out, say,
-          [document for e in asked for document in e.gold_documents])
-      made[where] = documents, engine
-    say(f'{name}: {len(asked):,} of {len(read):,} questions of {source}')
+      engines[where] = engine_lib.build(of_set, documents, out, say, [
+          document for _, other, _, examples in read.values() if other == where
+          for e in examples for document in e.gold_documents])
+    engine = engines[where]
     fingerprint = getattr(engine, 'corpus', None)
     if fingerprint is None and documents:
       fingerprint = retriever_lib.corpus_fingerprint(documents)
-    sets[name] = Set(name, asked, engine, {
+    known = prepared.parse(source)
+    sets.append(Set(name, asked, engine, {
         'questions': source, 'split': known.split if known else None,
-        'size': len(read), 'asked': len(asked),
-        'drawn_with_seed': config.seed if len(asked) < len(read) else None,
+        'size': size, 'asked': len(asked),
+        'drawn_with_seed': config.seed if len(asked) < size else None,
         'f1_rule': benchmark.f1_rule(name),
         'digest': assembly.digest([(e.id, e.question) for e in asked]),
         'corpus': where or remote, 'passages': len(documents) or None,
-        'corpus_fingerprint': fingerprint})
-  return list(sets.values())
+        'corpus_fingerprint': fingerprint}))
+  return sets
 
 
 def _settings(config, source, step, player, sets, sampled) -> dict[str, Any]:

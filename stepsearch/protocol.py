@@ -167,7 +167,7 @@ class Protocol:
     text = text.strip()
     if not opening:  # also where the budget was spent within the query
       return Action('search', text) if text else Action('none')
-    before, opened, query = text.removesuffix(closing).rpartition(opening)
+    _, opened, query = text.removesuffix(closing).rpartition(opening)
     if not (opened and text.endswith(closing)):
       return Action('none')
     return Action('search', query.strip())

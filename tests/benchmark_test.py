@@ -12,12 +12,15 @@ import pytest
 
 from configs import default
 from stepsearch import benchmark
+from stepsearch import engine
 from stepsearch import evaluate
 from stepsearch import methods
 from stepsearch import paths
 from stepsearch import protocol
 from stepsearch import types
+from stepsearch.data import datasets
 from stepsearch.models import hf
+from stepsearch.retrieval import retriever
 from stepsearch.rollout import collect
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
@@ -240,8 +243,8 @@ def evaluation(tmp_path, monkeypatch, scripted, model, chatty, tokenizer):
         output if '://' in output else str(tmp_path / output),
         [str(tmp_path / name / 'questions.jsonl')
          for name in ('first', 'second')],
-        str(tmp_path / '{dataset}/corpus.jsonl'), questions=questions,
-        **options)
+        **dict(corpus=str(tmp_path / '{dataset}/corpus.jsonl')) | options,
+        questions=questions)
 
   run.config = config
   return run
@@ -316,6 +319,37 @@ def test_an_evaluation_in_a_store_goes_on_from_its_last_batch(
   assert evaluation(out, 5)['agent'] == whole
   assert (paths.Path(out) / 'transcripts.jsonl').read_text() == (
       tmp_path / 'whole/transcripts.jsonl').read_text()
+
+
+class _Known:
+  """Stands for a server, which knows the gold documents that it was told."""
+
+  failed = 0
+
+  def __init__(self, gold):
+    self.gold = gold
+
+  def search(self, queries, k):
+    return [self.gold[:k] for _ in queries]
+
+
+def test_a_server_is_told_the_gold_documents_of_all_sets(
+    evaluation, monkeypatch, tmp_path):
+  told = []
+
+  def build(config, corpus, workdir, say, gold):
+    told.append(list(gold))
+    return _Known(gold)
+
+  monkeypatch.setattr(engine, 'build', build)
+  evaluation.config.retriever.url = 'http://127.0.0.1:9'
+  evaluation('out', corpus=str(tmp_path / 'first/corpus.jsonl'))
+  gold, = told
+  assert len(gold) == 14
+  stored = json.loads((tmp_path / 'out/eval.json').read_text())
+  assert [s['corpus_fingerprint'] for s in stored['datasets'].values()] == [
+      retriever.corpus_fingerprint(datasets.read_corpus(
+          tmp_path / 'first/corpus.jsonl'))] * 2
 
 
 def test_another_set_compiles_nothing(evaluation, monkeypatch):
