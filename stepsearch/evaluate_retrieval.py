@@ -37,6 +37,7 @@ def run(
     ks: Sequence[int] = (3, 5, 10),
     queries: str = 'questions',
     output: str | None = None,
+    directory: str = '',
 ) -> dict[str, Any]:
   """Measures engines on questions with gold passages.
 
@@ -47,6 +48,7 @@ def run(
     ks: numbers of documents that are looked at.
     queries: one of `measure.MODES`.
     output: a folder that receives retrieval.json; None: nothing is written.
+    directory: where `prepare` put what NAME:SPLIT and NAME:corpus name.
 
   Returns:
     What retrieval.json holds.
@@ -59,12 +61,13 @@ def run(
   if output is not None:
     config_lib.check_workdir(output, 'output')
   progress = metrics.Progress(0)
-  documents = datasets.read_corpus(corpus)
+  documents = datasets.read_corpus(corpus, directory)
   if not ks or not all(1 <= k <= len(documents) for k in ks):
     raise ValueError(
         f'--k={",".join(map(str, ks))}: numbers from 1 to {len(documents)}, the'
         ' passages of the corpus, are expected.')
-  examples = datasets.read_questions(questions, documents.by_id)
+  examples = datasets.read_questions(
+      questions, documents.by_id, directory=directory)
   asked, without = measure.queries(examples, queries)
   what = 'gold passages'
   if queries == 'sub_questions':
@@ -144,6 +147,9 @@ def command(argv: Sequence[str]) -> NoReturn:
   output = flags.DEFINE_string(
       'output', None, 'Folder that receives retrieval.json.')
 
+  directory = flags.DEFINE_string(
+      'data_dir', '', 'Where `prepare` put what NAME:SPLIT names.')
+
   def main():
     try:
       numbers = [int(k) for k in ks.value]
@@ -152,6 +158,7 @@ def command(argv: Sequence[str]) -> NoReturn:
           f'--k={",".join(ks.value)}: numbers joined by commas are expected,'
           ' such as 3,5,10.') from None
     run(asked.value, corpus.value, engines.value, ks=numbers,
-        queries=queries.value, output=output.value)
+        queries=queries.value, output=output.value,
+        directory=directory.value)
 
   config_lib.main(main, takes_config=False, argv=argv)

@@ -3,9 +3,10 @@
     python -m stepsearch.serve --index=DIR --port=8000
     python -m stepsearch.train --config.retriever.url=http://127.0.0.1:8000 …
 
-DIR is what `build_index` or a run wrote, and holds its passages. With --config
-instead, the engine is the one that config.retriever describes, over the corpus
-of config.data; a user's own (config.retriever.factory) too.
+DIR is what `build_index` or a run wrote, vectors or BM25, and holds its
+passages. With --config instead, the engine is the one that config.retriever
+describes, over the corpus of config.data; a user's own
+(config.retriever.factory) too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import ml_collections
 
 from stepsearch import assembly
 from stepsearch import config as config_lib
+from stepsearch.retrieval import bm25
 from stepsearch.retrieval import encoders
+from stepsearch.retrieval import index as indexing
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import service
 
@@ -46,12 +49,23 @@ def run(
   if index is None:
     engine = assembly.retriever(config)
   else:
-    embedder = None
-    if encoder is not None:
-      embedder = encoders.load(
-          encoder, query_prefix=query_prefix, passage_prefix=passage_prefix)
-    engine = retriever.load(index, embedder=embedder)
+    engine = _load(index, encoder, query_prefix, passage_prefix)
   service.serve(engine, host, port, lambda line: print(line, flush=True))
+
+
+def _load(index, encoder, query_prefix, passage_prefix):
+  parameters = indexing.read_metadata(index)['parameters']
+  if parameters['regime'] == indexing.BM25:
+    if encoder is not None:
+      raise ValueError(
+          f'--embedder={encoder}: {index} holds a BM25 index, which needs none:'
+          ' leave it out.')
+    return bm25.load(index)
+  embedder = None
+  if encoder is not None:
+    embedder = encoders.load(
+        encoder, query_prefix=query_prefix, passage_prefix=passage_prefix)
+  return retriever.load(index, embedder=embedder)
 
 
 if __name__ == '__main__':

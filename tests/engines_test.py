@@ -15,11 +15,13 @@ from stepsearch import assembly
 from stepsearch import build_index
 from stepsearch import engine as engine_lib
 from stepsearch import passages
+from stepsearch import serve
 from stepsearch.retrieval import bm25
 from stepsearch.retrieval import engines
 from stepsearch.retrieval import fusion
 from stepsearch.retrieval import index
 from stepsearch.retrieval import retriever
+from stepsearch.retrieval import service
 from stepsearch.types import Document
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -274,6 +276,21 @@ def test_the_config_names_the_method(tmp_path):
   make(_config(method='bm25', directory=str(tmp_path / 'built')), 'unused')
   assert (tmp_path / 'built' / 'index.json').stat().st_mtime_ns == before
   assert not (tmp_path / 'unused').exists()
+
+
+def test_either_kind_of_index_is_served(tmp_path):
+  bm25.build(_DOCUMENTS, directory=tmp_path / 'bm25')
+  retriever.build(_DOCUMENTS, directory=tmp_path / 'dense')
+  served = serve._load(tmp_path / 'bm25', None, None, None)
+  assert service.describe(served) == {
+      'size': 5, 'corpus': retriever.corpus_fingerprint(_DOCUMENTS),
+      'embedder': 'bm25 k1=1.5 b=0.75 stop_words=english', 'max_topk': 5,
+      'max_queries': service.MAX_QUERIES}
+  assert served.search(['Rome'], 1)[0][0].id == 'd'
+  dense = serve._load(tmp_path / 'dense', None, None, None)
+  assert isinstance(dense, retriever.Retriever)
+  with pytest.raises(ValueError, match='--embedder=e5: .*a BM25 index'):
+    serve._load(tmp_path / 'bm25', 'e5', None, None)
 
 
 def test_rewards_need_vectors_that_bm25_has_not(tmp_path):
