@@ -49,6 +49,9 @@ _EXPECTED = {
     tuple: "a tuple such as '(1, 2)'",
     type(None): 'a Python literal or text',
 }
+# What absl says of a flag that has to be given.
+_MISSING = re.compile(
+    r'flag --(\w+)=None: Flag --\1 must have a value other than None\.')
 _BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
 
 
@@ -180,6 +183,10 @@ def main(
         'config', None, 'Config file, PATH.py[:variant]; any leaf of it is '
         'overridden by --config.section.leaf=value.',
         required=config_required and otherwise is None)
+  for module, found in list(flags.FLAGS.flags_by_module_dict().items()):
+    for flag in found if module.startswith('stepsearch.') else ():
+      # --help shows those of the entry point only, wherever it defines them.
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   overrides = []
 
   def parse(argv):
@@ -188,7 +195,8 @@ def main(
     try:
       rest = flags.FLAGS(argv)
     except flags.Error as error:
-      _exit(error)
+      _exit(ValueError(_MISSING.sub(
+          r'--\1 is missing: --help tells what it is.', str(error))))
     if not flags.FLAGS['verbosity'].present:
       # Orbax logs a failed save as pages of tracebacks; what matters of them
       # is raised again and arrives here as an error.

@@ -305,9 +305,7 @@ def _keys(argv: Sequence[str]) -> NoReturn:
   # Here, because it needs models and engines, and the others do not.
   from stepsearch import prepare_keys
 
-  start = prepare_keys.command()
-  flags.adopt_module_key_flags(prepare_keys)  # for --help
-  config_lib.main(start, takes_config=False, argv=argv)
+  config_lib.main(prepare_keys.command(), takes_config=False, argv=argv)
 
 
 def _gold(argv: Sequence[str]) -> NoReturn:

@@ -230,6 +230,22 @@ def test_main_turns_user_errors_into_a_paragraph(
     assert done.stderr == (stderr or '')
 
 
+def test_help_shows_all_flags_of_a_command(tmp_path):
+  # Its own and those that modules define for it: --config here.
+  program = tmp_path / 'program.py'
+  program.write_text(_PROGRAM)
+  root = str(pathlib.Path(__file__).parents[1])
+  run = lambda *arguments: subprocess.run(
+      [sys.executable, str(program), *arguments],
+      env=os.environ | {'PYTHONPATH': root}, capture_output=True, text=True,
+      timeout=60, check=False)
+  shown = run('--help').stdout
+  assert '--what' in shown and '--config:' in shown
+  assert '--verbosity' not in shown  # absl's own
+  assert run().stderr == (
+      'error: --config is missing: --help tells what it is.\n')
+
+
 @pytest.mark.parametrize('arguments, called', [
     (['keys', '--n=3'], ('keys', ['program keys', '--n=3'])),
     (['--n=3'], ('otherwise', ['program', '--n=3'])),
