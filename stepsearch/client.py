@@ -32,9 +32,12 @@ from stepsearch import paths
 _LONGEST = 120.0  # seconds that one retry waits at most
 _CONNECT = 10.0  # seconds
 _AGAIN = (408, 425, 429)  # and 5xx
-# What no other request to the service would fare better with: wrong key, no
-# credit, no such model or page.
-_FATAL = (401, 402, 403, 404, 405)
+# What no other request to the service would fare better with: it has moved;
+# wrong key, no credit, no such model or page.
+_FATAL = (301, 302, 307, 308, 401, 402, 403, 404, 405)
+# Letters of a key; fewer are what is put where no key is asked for, and may be
+# a word of an answer.
+_KEY = 8
 
 
 class Failed(ConnectionError):
@@ -152,7 +155,8 @@ class Client:
         key elsewhere.
       method: POST sends a payload as a JSON body, GET as the query.
       headers: sent with every request, the key's among them.
-      secret: the key, which is struck out of all that is kept or said.
+      secret: the key, which is struck out of all that is kept or said, unless
+        it is a mere placeholder of less than 8 letters.
       cache: file of `Cache`; '' keeps nothing.
       per_second: requests a second, over all threads; 0: no limit.
       concurrency: requests in flight at once (`ask_all`).
@@ -168,16 +172,20 @@ class Client:
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ('http', 'https') or not parts.hostname or (
-        parts.username or parts.query):
+        '@' in parts.netloc or parts.query):
+      shown = repr(url)
+      if '@' in url or '?' in url:
+        shown = f'{parts.scheme}://{parts.hostname or ""} …'
       raise ValueError(
-          f'{parts.scheme}://{parts.hostname or ""} …: an address such as '
-          'https://host/path is expected, without user, password or query: a '
-          'key is given by an environment variable.')
+          f'{shown}: an address such as https://host/path is expected, without '
+          'user, password or query: a key is given by an environment variable.')
     self.url = url
     self.counts = dict(answered=0, repeated=0, cached=0, failed=0)
     self._method = method
     self._headers = {'Accept': 'application/json', **(headers or {})}
-    self._secret = secret
+    # Also with the backslashes that JSON may have in it.
+    self._secret = re.compile(r'\\?'.join(map(re.escape, secret))) if (
+        len(secret) >= _KEY) else None
     self._cache = Cache(cache) if cache else None
     self._limiter = Limiter(per_second)
     self._concurrency = concurrency
@@ -311,7 +319,7 @@ class Client:
         break
       if pause:
         self._limiter.pause(pause)
-      elif attempt < self._retries:
+      if attempt < self._retries:
         # At random, so that many that failed together do not return so.
         time.sleep(min(
             self._wait * 2**attempt * random.uniform(0.75, 1.25), _LONGEST))
@@ -350,7 +358,7 @@ class Client:
     content = {'fields': payload} if self._method == 'GET' else {
         'json': payload}
     response = self._pool.request(
-        self._method, self.url, headers=self._sent_headers(),
+        self._method, self.url, headers=self._headers,
         preload_content=False, redirect=False, **content)
     try:
       body = b''
@@ -366,13 +374,8 @@ class Client:
     response.release_conn()
     return response, body
 
-  def _sent_headers(self):
-    if self._method == 'GET':
-      return self._headers
-    return {**self._headers, 'Content-Type': 'application/json'}
-
   def _struck(self, text: str) -> str:
-    return text.replace(self._secret, '[key]') if self._secret else text
+    return self._secret.sub('[key]', text) if self._secret else text
 
   def _count(self, what: str) -> None:
     with self._lock:

@@ -116,6 +116,16 @@ def test_retry_after_is_heeded():
     assert server.total == 2 and time.monotonic() - start > 0.9
 
 
+def test_a_short_retry_after_does_not_shorten_the_backoff(monkeypatch):
+  monkeypatch.setattr(client, '_retry_after', lambda response: 0.01)
+  with fake_services.running(pages=_PAGES) as server:
+    server.refuse = {'/search': 429}
+    start = time.monotonic()
+    with pytest.raises(retriever.PartlyFailed, match='after 4 requests'):
+      _engine(server, wait=0.1, retries=3).search(['Ada'], 1)
+  assert time.monotonic() - start > 0.75 * (0.1 + 0.2 + 0.4)
+
+
 def test_a_query_that_fails_alone_has_no_results_and_is_counted(capsys):
   with fake_services.running(pages=_PAGES) as server:
     patient = web.patient(
@@ -153,6 +163,28 @@ def test_a_wrong_key_is_told_without_showing_it(monkeypatch):
   assert other not in str(error.value) and server.total == 1
 
 
+def test_a_key_is_struck_out_also_as_json_has_it():
+  asked = client.Client('http://a.test', secret='sk/ab"cdef')
+  for text in ('sk/ab"cdef', r'sk/ab\"cdef', r'sk\/ab\"cdef'):
+    assert asked._struck(f'<{text}>') == '<[key]>'
+
+
+def test_a_placeholder_for_a_key_leaves_answers_alone(monkeypatch):
+  monkeypatch.setattr(fake_services, 'KEY', 'capital')
+  monkeypatch.setenv('SERPER_API_KEY', 'capital')
+  with fake_services.running(pages=_PAGES) as server:
+    ((found,),) = _engine(server).search(['Italy'], 1)
+  assert found.text == 'the capital of Italy, „è“'
+
+
+def test_a_service_that_has_moved_ends_the_run():
+  with fake_services.running(pages=_PAGES) as server:
+    server.refuse = {'/search': 301}
+    with pytest.raises(client.Refused, match='HTTP 301.*look at the address'):
+      _engine(server).search(['Ada'], 1)
+  assert server.total == 1
+
+
 @pytest.mark.parametrize('value, problem', [
     (None, 'SERPER_API_KEY, which is not set'),
     ('sk-two words', 'holds spaces'), ('sk-schlüssel', 'holds spaces')])
@@ -166,11 +198,14 @@ def test_a_key_that_cannot_be_is_refused(monkeypatch, value, problem):
 
 
 @pytest.mark.parametrize('url', [
-    'ftp://a/b', 'https://', 'https://me:secret@a/b', 'https://a/b?key=secret'])
+    'ftp://a/b', 'https://', 'https://me:secret@a/b', 'https://:secret@a/b',
+    'https://a/b?key=secret'])
 def test_an_address_with_a_key_in_it_is_refused(url):
   with pytest.raises(ValueError, match='an address such as') as error:
     web.WebSearch('serper', url=url)
   assert 'secret' not in str(error.value)
+  with pytest.raises(ValueError, match="^'a.test:80/v1': an address such as"):
+    client.Client('a.test:80/v1')
 
 
 def test_other_bad_input(tmp_path):
