@@ -334,7 +334,7 @@ class Client:
     try:
       response, body = self._send(payload)
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-      return None, self._struck(_reason(error)), 0.0
+      return None, self._struck(reason(error)), 0.0
     text = self._struck(body.decode(errors='replace'))
     status = response.status
     if status in _FATAL:
@@ -430,7 +430,7 @@ def _detail(text: str) -> str:
   return repr(text[:160] + '…' * (len(text) > 160))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
   """urllib3 puts the connection before what went wrong with it."""
   text = re.sub(r'^HTTPS?Connection(Pool)?\(.*?\): ', '', str(error))
   return text or repr(error)

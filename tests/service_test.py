@@ -476,6 +476,17 @@ def test_servers_that_know_contents_only():
   assert known == [dataclasses.replace(found[0], id='gold'), *found[1:]]
 
 
+def test_a_cache_keeps_the_ids_of_the_server(tmp_path):
+  gold = Document('gold', 'Paris', 'The capital.')
+  item = {'document': {'id': 17, 'contents': '"Paris"\nThe capital.'}}
+  with _Faulty(_items(item)) as server:
+    ids = [
+        service.Remote(
+            server.url, known=known, cache=tmp_path / 'cache'
+        ).search(['q'], 1)[0][0].id for known in ([], [gold], [])]
+  assert ids == ['17', 'gold', '17']
+
+
 def _free_port():
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))

@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import json
 import queue
-import re
 import signal
 import threading
 import time
@@ -368,7 +367,8 @@ class Remote:
           self._cache.keep(
               [*self.urls, queries[i], k],
               [dataclasses.astuple(document) for document in documents])
-    return results
+    # After the cache, whose next reader may know others.
+    return [list(map(self._renamed, row)) for row in results]
 
   def check(self, k: int, say: Callable[[str], None] = print) -> None:
     """Asks every server one question, and what it serves.
@@ -383,7 +383,7 @@ class Remote:
       try:
         self._retrieve(url, ['Who wrote Hamlet?'], k)
       except (OSError, urllib3.exceptions.HTTPError) as error:
-        absent.append(f'{url} cannot be reached ({_reason(error)})')
+        absent.append(f'{url} cannot be reached ({client.reason(error)})')
         continue
       except ValueError as error:
         raise ValueError(
@@ -419,7 +419,7 @@ class Remote:
       try:
         found = self._retrieve(url, queries, k)
       except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-        failures.append(f'{url}: {_reason(error)}')
+        failures.append(f'{url}: {client.reason(error)}')
         continue
       self._next = turn
       return found
@@ -463,13 +463,17 @@ class Remote:
           f'{_beginning(json.dumps(item).encode())} is no document: it has to'
           ' have contents, or title and text')
     key = document.title, document.text
-    name = self._ids.get(key, item.get('id'))
+    name = item.get('id')
     if isinstance(name, bool) or not isinstance(name, (str, int)) or (
         name == ''):
       # The same text is the same document, in every process.
       name = hashlib.blake2b(
           json.dumps(key).encode(), digest_size=8).hexdigest()
     return Document(str(name), *key, float(score))
+
+  def _renamed(self, document) -> Document:
+    name = self._ids.get((document.title, document.text), document.id)
+    return dataclasses.replace(document, id=name)
 
   def _health(self, url) -> dict[str, Any]:
     """What the server says of itself; other servers than ours say nothing."""
@@ -508,9 +512,3 @@ def _detail(body: bytes) -> str:
 def _beginning(body: bytes) -> str:
   text = body[:80].decode(errors='replace')
   return repr(text + '…' * (len(body) > 80))
-
-
-def _reason(error: Exception) -> str:
-  """urllib3 puts the connection before what went wrong with it."""
-  return re.sub(r'^HTTPS?Connection(Pool)?\(.*?\): ', '', str(error)) or (
-      repr(error))
