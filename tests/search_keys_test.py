@@ -480,6 +480,22 @@ def test_a_line_that_the_budget_has_cut_is_no_query():
     ).text == text
 
 
+@pytest.mark.parametrize('made, ended, text', [
+    ('<think>\n1. no\n</think>\n1. one', True, '\n1. one'),
+    ('1. no\n</think>1. one\n2. tw', False, '1. one'),  # a template began it
+    ('<think>\n1. no\n2. n', False, ''),
+    ('<think>\n1. no', True, ''),
+])
+def test_thoughts_are_no_queries(made, ended, text):
+  prompts = language_model.Prompts(search_keys.TASKS)
+  local = language_model.Local('ours', lambda texts: [(made, ended)], prompts)
+  request = language_model.Request('queries', dict(question='a', number='2'))
+  assert local.write([request]) == [language_model.Written(text)]
+  assert language_model._written({'choices': [{
+      'finish_reason': 'stop' if ended else 'length',
+      'message': {'content': made}}]}).text == text
+
+
 def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
     tmp_path, model, params, tokenizer):
   hf.save(tmp_path / 'model', model, params, tokenizer)

@@ -183,24 +183,27 @@ class Endpoint:
 
 
 def _written(answer) -> Written:
-  """Reads an answer of the protocol; a model that thinks is let finish."""
+  """Reads an answer of the protocol."""
   try:
     choice = answer['choices'][0]
-    text = _whole(
+    text = _said(
         choice['message']['content'] or '',
         choice.get('finish_reason') != 'length')
     usage = answer.get('usage') or {}
     spent = [usage.get(f'{kind}_tokens') or 0
              for kind in ('prompt', 'completion')]
-    return Written(text.rpartition('</think>')[2], *map(int, spent))
+    return Written(text, *map(int, spent))
   except (AttributeError, IndexError, KeyError, TypeError) as error:
     raise ValueError(
         f'{error!r} where choices[0].message.content should be') from None
 
 
-def _whole(text: str, ended: bool) -> str:
-  """Without the last line, where the budget of tokens has cut it."""
-  return text if ended else text.rpartition('\n')[0]
+def _said(text: str, ended: bool) -> str:
+  """Without thoughts, and the last line where the budget of tokens cut it."""
+  _, thought, said = text.rpartition('</think>')
+  if '<think>' in text and not thought:
+    return ''
+  return said if ended else said.rpartition('\n')[0]
 
 
 class Local:
@@ -222,7 +225,7 @@ class Local:
     for request in requests:
       first, *rest = self._prompts.messages(request)
       prompts.append('\n\n'.join([first, *rest[-1:]]))
-    return [Written(_whole(*made)) for made in self._generate(prompts)]
+    return [Written(_said(*made)) for made in self._generate(prompts)]
 
 
 # ---- without a model
