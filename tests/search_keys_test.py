@@ -18,6 +18,7 @@ import pytest
 
 from stepsearch import client
 from stepsearch.data import datasets
+from stepsearch.data import growing
 from stepsearch.data import language_model
 from stepsearch.data import search_keys
 from stepsearch.models import hf
@@ -421,9 +422,9 @@ def test_a_file_that_was_begun_otherwise_is_refused(tmp_path):
   assert (tmp_path / 'keys.jsonl').read_bytes() == before
   with pytest.raises(ValueError, match='begun with k = 3, and this is 4'):
     _run(tmp_path, [_example()], rules, engines, k=4)
-  other_run = search_keys.growing.File(tmp_path / 'other.jsonl', {})
+  other_run = growing.File(tmp_path / 'other.jsonl', {})
   with pytest.raises(ValueError, match='another process is writing it'):
-    search_keys.growing.File(tmp_path / 'other.jsonl', {})
+    growing.File(tmp_path / 'other.jsonl', {})
   other_run.close({})
   with pytest.raises(ValueError, match="the id 'q'"):
     _run(tmp_path, [_example(), _example()], rules, engines)
@@ -433,6 +434,34 @@ def test_a_file_that_was_begun_otherwise_is_refused(tmp_path):
   with pytest.raises(ValueError, match='a file of another kind'):
     _run(other, [_example()], rules, engines)
   assert (other / 'keys.jsonl').read_text() == 'mine\n'
+
+
+def test_a_file_without_rows_may_be_begun_otherwise(tmp_path):
+  # As after a wrong model or address, with which nothing was written.
+  path = tmp_path / 'new' / 'keys.jsonl'
+  assert list(growing.File(path, {'model': 'a'}).finish([])) == []
+  file = growing.File(path, {'model': 'b'})
+  file.append([{'id': 'q'}])
+  assert [row['id'] for row in file.finish(['q'])] == ['q']
+  with pytest.raises(ValueError, match="begun with model = 'b', and this is"):
+    growing.File(path, {'model': 'a'})
+
+
+def test_rows_come_into_the_file_that_another_process_has_just_finished(
+    tmp_path, monkeypatch):
+  path = tmp_path / 'keys.jsonl'
+  first = growing.File(path, {})
+  first.append([{'id': 'a'}])
+  lock, waiting = growing.fcntl.flock, [first]
+
+  def late(file, how):  # the first ends between opening and locking
+    if waiting:
+      waiting.pop().finish(['a'])
+    lock(file, how)
+
+  monkeypatch.setattr(growing.fcntl, 'flock', late)
+  growing.File(path, {}).append([{'id': 'b'}])
+  assert [row['id'] for row in _rows(path)] == ['a', 'b']
 
 
 def test_prompts_are_files_that_can_be_changed(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import fcntl
 import json
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 from stepsearch import paths
 
@@ -30,8 +30,8 @@ class File:
       settings: all that decides on the rows, JSON.
 
     Raises:
-      ValueError: it was begun with other settings, is another kind of file, or
-        is being written by another process.
+      ValueError: it has rows that were made with other settings, is another
+        kind of file, or is being written by another process.
     """
     self._path = os.fspath(path)
     self._card = f'{self._path.removesuffix(".jsonl")}.report.json'
@@ -42,17 +42,13 @@ class File:
           'offers: name a file on a disk, and copy it when it is whole.')
     self.rows: dict[str, bytes] = {}
     with paths.explained(path):
-      if os.path.exists(self._path):
+      os.makedirs(os.path.dirname(self._path) or '.', exist_ok=True)
+      self._file = self._locked()
+      # Without rows there is nothing that other settings would spoil.
+      if os.path.getsize(self._path):
         self._check()
       else:
         paths.write(self._card, self._text(None))
-      self._file = open(self._path, 'ab+')
-      try:
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise ValueError(
-            f'--output={path}: another process is writing it: wait for it, or '
-            'name another file.') from None
       self._read()
 
   def append(self, rows) -> None:
@@ -75,6 +71,20 @@ class File:
   def close(self, report: Mapping[str, Any]) -> None:
     """Puts a report, JSON, beside the file."""
     paths.write(self._card, self._text(report))
+
+  def _locked(self) -> BinaryIO:
+    while True:
+      file = open(self._path, 'ab+')
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise ValueError(
+            f'--output={self._path}: another process is writing it: wait for '
+            'it, or name another file.') from None
+      # One that has just finished puts another file in the place of this one.
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+        return file
+      file.close()
 
   def _check(self) -> None:
     try:
