@@ -3,11 +3,11 @@
     python -m tests.benchmarks.encoding --embedder=MINILM --corpus=P.jsonl
 
 Takes the first passages of at least --words=100 words, to which `prepare
-passages` cuts a corpus, and encodes them by the encoder of the folder and by one of the shape
-of E5-base-v2 with random weights and the folder's tokenizer: speed does not
-depend on the values. Rounds alternate, after one that compiles. Last, the ratio
-of their speeds beside that of their arithmetic, 2 FLOPs a weight and token and
-4 a layer, coordinate and pair of tokens.
+passages` cuts a corpus, and encodes them by the encoder of the folder and by
+one of the shape of E5-base-v2 with random weights and the folder's tokenizer:
+speed does not depend on the values. Rounds alternate, after one that compiles.
+Last, the ratio of their speeds beside that of their arithmetic, 2 FLOPs a
+weight and token and 4 a layer, coordinate and pair of tokens.
 """
 
 from __future__ import annotations
