@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from absl import flags
@@ -80,21 +81,21 @@ def run(
   if isinstance(writes, language_model.Local):
     # It takes its time: about as many sub-questions as it writes at once.
     config = dataclasses.replace(config, block=max(slots // 2, 1))
-  made, names = {}, _names(specs)
-  for name, spec in zip(names, specs):
+
+  def make(name, spec):
     print(f'engine {name}: {spec}', flush=True)
-    made[name] = engines_lib.make(
+    return engines_lib.make(
         spec, documents, k=config.k,
         limits=dict(
             cache=cache, per_second=engine_rate, wait=endpoint['wait']),
         known=[d for e in examples for d in e.gold_documents])
+
   report = search_keys.run(
-      examples, writes, made, config, output,
+      examples, writes, {
+          name: functools.partial(make, name, spec)
+          for name, spec in zip(_names(specs), specs)}, config, output,
       sources={
-          'questions': search_keys.digest([
-              [e.id, e.question, e.answers, [
-                  [s.question, s.answer, s.gold] for s in e.sub_questions]]
-              for e in examples]),
+          'questions': search_keys.fingerprint(examples),
           'corpus': retriever.corpus_fingerprint(documents) if corpus else '',
           'engines': specs},
       say=lambda line: print(line, flush=True),
@@ -110,8 +111,8 @@ def run(
   if report.failed:
     raise ValueError(
         f'{len(report.failed)} of {len(examples)} questions have failed and '
-        f'are not in {output}: they are named above. The same command asks '
-        'them, and only them, again.')
+        f'are not in {output}: the report beside it names them. The same '
+        'command asks them, and only them, again.')
   print('\nnext: python -m stepsearch.train --config=configs/musique.py '
         f'--config.data.train={output} …')
   return report
@@ -167,14 +168,15 @@ def command() -> Callable[[], None]:
   """Defines the flags; gives what runs once they are parsed."""
   text, number, real = (
       flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float)
-  positive = dict(lower_bound=1)
+  positive, bounded = dict(lower_bound=1), dict(lower_bound=0)
   questions = text(
       'questions', None, 'Questions, a file or NAME:SPLIT.', required=True)
   corpus = text(
       'corpus', '', 'What engines here search, a file or NAME:corpus.')
   output = text('output', None, 'JSON lines to write.', required=True)
   data_dir = text('data_dir', '', 'Where prepared sets lie, for NAME:SPLIT.')
-  first = number('first', 0, 'Take the first so many questions; 0: all.')
+  first = number(
+      'first', 0, 'Take the first so many questions; 0: all.', **bounded)
   engines = text(
       'engines', 'lexical,bm25', 'Joined by commas: lexical, bm25, '
       'dense:ENCODER[@INDEX], fusion:A+B, http://host:port, serper[:URL], '
@@ -206,20 +208,26 @@ def command() -> Callable[[], None]:
   temperature = real(
       'temperature', None, "Default: the endpoint's own; 0 for a folder.")
   max_tokens = number(
-      'max_tokens', 512, 'Of an answer; 0: leave it to the endpoint.')
+      'max_tokens', 512, 'Of an answer; 0: leave it to the endpoint.',
+      **bounded)
   cache = text(
       'cache', None, 'File that keeps all answers; default: beside --output; '
       'empty: none.')
-  rate = real('per_second', 0.0, 'Requests a second to the endpoint; 0: any.')
+  rate = real(
+      'per_second', 0.0, 'Requests a second to the endpoint; 0: any.',
+      **bounded)
   engine_rate = real(
-      'engine_per_second', 0.0, 'The same to each server and web search API.')
+      'engine_per_second', 0.0, 'The same to each server and web search API.',
+      **bounded)
   concurrency = number(
       'concurrency', 8, 'Requests to the endpoint at once.', **positive)
-  timeout = real('timeout', 120.0, 'Seconds for an answer of the endpoint.')
-  retries = number('retries', 6, 'Requests after one that fails.')
+  timeout = real(
+      'timeout', 120.0, 'Seconds for an answer of the endpoint.',
+      lower_bound=0.1)
+  retries = number('retries', 6, 'Requests after one that fails.', **bounded)
   wait = real(
       'retry_wait', 1.0, 'Seconds before the first of them, also to servers '
-      'and web search APIs; doubled for each one more.')
+      'and web search APIs; doubled for each one more.', **bounded)
   slots = number('slots', 8, 'Texts that a folder writes at once.', **positive)
   prices = [
       real(f'price_{way}', 0.0, f'US dollars per million {kind} tokens.')

@@ -84,7 +84,8 @@ def _example(**fields):
 
 def _run(tmp_path, examples, writer, engines, **config):
   return search_keys.run(
-      examples, writer, engines, search_keys.Config(**config),
+      examples, writer, {name: lambda e=e: e for name, e in engines.items()},
+      search_keys.Config(**config),
       tmp_path / 'keys.jsonl', sources={}, say=lambda _: None)
 
 
@@ -418,7 +419,10 @@ def test_a_file_that_was_begun_otherwise_is_refused(tmp_path):
   rules, engines = language_model.Rules(), {'t': _Table({})}
   _run(tmp_path, [_example()], rules, engines)
   before = (tmp_path / 'keys.jsonl').read_bytes()
-  _run(tmp_path, [_example()], rules, engines, block=1)
+  # What is whole needs no engine.
+  search_keys.run(
+      [_example()], rules, {'t': None}, search_keys.Config(block=1),
+      tmp_path / 'keys.jsonl', sources={}, say=lambda _: None)
   assert (tmp_path / 'keys.jsonl').read_bytes() == before
   with pytest.raises(ValueError, match='begun with k = 3, and this is 4'):
     _run(tmp_path, [_example()], rules, engines, k=4)
@@ -462,6 +466,16 @@ def test_rows_come_into_the_file_that_another_process_has_just_finished(
   monkeypatch.setattr(growing.fcntl, 'flock', late)
   growing.File(path, {}).append([{'id': 'b'}])
   assert [row['id'] for row in _rows(path)] == ['a', 'b']
+
+
+def test_questions_are_told_apart_by_all_that_rows_have_of_them():
+  name = search_keys.fingerprint([_example()])
+  assert name.startswith('1 questions, ')
+  assert name == search_keys.fingerprint([_example(search_keys=(('x',),))])
+  for change in (
+      dict(id='r'), dict(answers=('Ada',)), dict(gold_documents=(_GOLD,)),
+      dict(sub_questions=()), dict(hops=3), dict(licence='CC0')):
+    assert search_keys.fingerprint([_example(**change)]) != name, change
 
 
 def test_prompts_are_files_that_can_be_changed(tmp_path):

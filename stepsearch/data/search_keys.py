@@ -114,8 +114,9 @@ class Report:
 
 def run(
     examples: Sequence[types.Example], writer: language_model.Writer,
-    engines: Mapping[str, Any], config: Config, output: paths.Address, *,
-    sources: Mapping[str, Any], say: Callable[[str], None] = print,
+    engines: Mapping[str, Callable[[], Any]], config: Config,
+    output: paths.Address, *, sources: Mapping[str, Any],
+    say: Callable[[str], None] = print,
     progress: Callable[..., Any] = lambda *_: contextlib.nullcontext(
         lambda *_, **values: None),
 ) -> Report:
@@ -124,7 +125,8 @@ def run(
   Args:
     examples: the questions; their ids differ.
     writer: of sub-questions and queries.
-    engines: by name, `retrieval.retriever.Engine`s.
+    engines: by name, what makes a `retrieval.retriever.Engine`; called once
+      where there is something to search.
     config: what is kept.
     output: JSON lines, in the order of the questions once all are there; as
       of `growing.File`, with the report.
@@ -140,8 +142,8 @@ def run(
   """
   start = time.monotonic()
   order = [example.id for example in examples]
-  if len(set(order)) < len(order):
-    twice = next(i for i in order if order.count(i) > 1)
+  ((twice, times),) = collections.Counter(order).most_common(1) or [('', 0)]
+  if times > 1:
     raise ValueError(
         f'two questions have the id {twice!r}: rows are known by their id, so '
         'give each its own.')
@@ -154,7 +156,8 @@ def run(
     say(f'{len(file.rows):,} questions are in {output} already')
   failures: dict[str, str] = {}
   streak = 0
-  pipeline = _Pipeline(writer, engines, config)
+  pipeline = _Pipeline(writer, {
+      name: make() for name, make in engines.items() if todo}, config)
   with progress('keys', max(len(todo), 1)) as tick:
     for first in range(0, len(todo), config.block):
       block = todo[first:first + config.block]
@@ -185,7 +188,9 @@ def examples_to_read(output: paths.Address, number: int) -> list[str]:
   lines = []
   with open(output, encoding='utf-8') as file:
     for row in map(json.loads, file):
-      if not any(row['sub_searchs']) or number <= 0:
+      if number <= 0:
+        break
+      if not any(row['sub_searchs']):
         continue
       number -= 1
       lines += [row['question'], f'  answer: {row["final_answer"]}']
@@ -494,6 +499,12 @@ def _report(rows, engines, config) -> Report:
   return report
 
 
-def digest(values: Any) -> str:
-  """Names what a file is made of, for its settings."""
-  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def fingerprint(examples: Sequence[types.Example]) -> str:
+  """Names questions by their number and a hash of all that rows have of them.
+
+  Keys that they have already are no part of that.
+  """
+  found = hashlib.blake2b(digest_size=8)
+  for example in examples:
+    found.update(repr(dataclasses.replace(example, search_keys=())).encode())
+  return f'{len(examples):,} questions, {found.hexdigest()}'
