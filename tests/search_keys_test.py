@@ -110,7 +110,7 @@ def test_a_query_is_kept_where_half_of_the_engines_find_it_valid(
   made = {f'{name}{i}': _Table(finds[name]) for i, name in enumerate(engines)}
   writer = _Scripted({
       ('queries', 'Who wrote Push?'): ['1. x\n2. y\n3. z\n4. by Sapphire'],
-      ('queries', 'Is Rome old?'): ['1. old']})
+      ('queries', 'Is Rome old?'): ['1. old\n2. Rome, old: yes or no']})
   report = _run(tmp_path, [_example()], writer, made, valid=valid)
   (row,) = _rows(tmp_path / 'keys.jsonl')
   need = -(-len(engines) // 2)
@@ -122,7 +122,7 @@ def test_a_query_is_kept_where_half_of_the_engines_find_it_valid(
   # Yes is no evidence, but the gold passage is.
   assert row['sub_searchs'][1] == (
       ['old'] if valid != 'answer' and 'a' in engines and need == 1 else [])
-  assert report.sub_questions == 2 and report.written == 5
+  assert report.sub_questions == 2 and report.written == 6
   assert report.leaks == 1 and report.kept == sum(map(len, row['sub_searchs']))
   assert report.unjudged == (valid == 'answer')
   assert (report.prompt_tokens, report.completion_tokens) == (20, 4)
@@ -563,3 +563,9 @@ def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
     assert ended == (ids[-1] in ends)
     assert text == tokenizer.decode(ids[start:len(ids) - ended])
   assert len(set(written[3:])) == 1
+
+  drawing = generate.Generator(
+      tmp_path / 'model', slots=8, longest=70, temperature=1.0)
+  drawn = drawing(prompts)
+  assert drawn != written and len(set(drawn[3:])) == 1
+  assert drawing(prompts[2:0:-1]) == drawn[2:0:-1]

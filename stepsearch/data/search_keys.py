@@ -379,17 +379,18 @@ def _evidence(example, step, valid) -> tuple[frozenset[str], str]:
   judged by those of the question. Yes and no occur everywhere.
   """
   gold = step.gold or [document.id for document in example.gold_documents]
-  answer = step.answer
-  if words.normalize(answer) in ('yes', 'no'):
-    answer = ''
   return (
       frozenset(gold if valid != 'answer' else ()),
-      answer if valid != 'gold' else '')
+      step.answer if valid != 'gold' and _tells(step.answer) else '')
+
+
+def _tells(answer: str) -> bool:
+  return words.normalize(answer) not in ('', 'yes', 'no')
 
 
 def _leaks(query: str, step: types.SubQuestion) -> bool:
-  return words.occurs(step.answer, query) and not words.occurs(
-      step.answer, step.question)
+  return _tells(step.answer) and words.occurs(step.answer, query) and (
+      not words.occurs(step.answer, step.question))
 
 
 def _found(engine, queries, k) -> list[list[types.Document] | None]:
@@ -485,8 +486,7 @@ def _report(rows, engines, config) -> Report:
       for query in written:
         for name in query['engines']:
           report.valid[name] += 1
-      answer = config.valid != 'gold' and words.normalize(
-          step['answer']) not in ('', 'yes', 'no')
+      answer = config.valid != 'gold' and _tells(step['answer'])
       report.unjudged += not (gold or answer)
       kept_here += kept
     report.keyless_questions += not kept_here

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import zlib
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ _WIDTHS = 128  # prompts are padded to a multiple of this, for each is compiled
 
 
 class Generator:
-  """Writes until the model ends, in batches of slots; alike for alike calls."""
+  """Writes until the model ends, in batches; alike prompts get alike texts."""
 
   def __init__(
       self, folder: paths.Address, *, slots: int = 8, longest: int = 512,
@@ -89,12 +90,11 @@ class Generator:
     slots = self._sampler.slots
     for first in range(0, len(order), slots):
       group = order[first:first + slots]
-      for i, text in zip(group, self._group(group, tokens)):
+      for i, text in zip(group, self._group([tokens[i] for i in group])):
         texts[i] = text
     return texts
 
-  def _group(self, group, tokens) -> list[tuple[str, bool]]:
-    prompts = [tokens[i] for i in group]
+  def _group(self, prompts) -> list[tuple[str, bool]]:
     slots, pad = self._sampler.slots, self._tokenizer.pad_id
     width = -(-max(map(len, prompts)) // _WIDTHS) * _WIDTHS
     fed = np.full([slots, width], pad, np.int32)
@@ -103,8 +103,11 @@ class Generator:
       fed[i, :len(ids)] = ids
       count[i] = len(ids)
     numbers = np.arange(slots, dtype=np.int32)
-    # A text is drawn by its place in the call, whichever slot writes it.
-    drawn_by = np.pad(np.asarray(group, np.int32), (0, slots - len(group)))
+    # A text is drawn by its prompt, whatever else is written beside it.
+    drawn_by = np.zeros_like(count)
+    drawn_by[:len(prompts)] = [
+        zlib.crc32(row[:n].tobytes()) >> 1
+        for row, n in zip(fed[:len(prompts)], count)]
     state = self._sampler.start(
         self._params, self._sampler.empty(width + self._longest),
         sampler_lib.Rows(
