@@ -81,14 +81,16 @@ def run(
   if isinstance(writes, language_model.Local):
     # It takes its time: about as many sub-questions as it writes at once.
     config = dataclasses.replace(config, block=max(slots // 2, 1))
+  made = {}
 
   def make(name, spec):
     print(f'engine {name}: {spec}', flush=True)
-    return engines_lib.make(
+    made[name] = engines_lib.make(
         spec, documents, k=config.k,
         limits=dict(
             cache=cache, per_second=engine_rate, wait=endpoint['wait']),
         known=[d for e in examples for d in e.gold_documents])
+    return made[name]
 
   report = search_keys.run(
       examples, writes, {
@@ -105,6 +107,9 @@ def run(
     print(line)
   if isinstance(writes, language_model.Endpoint):
     _print_cost(writes, report, prices)
+  for name, engine in made.items():
+    if isinstance(engine, web.WebSearch):
+      print(f'{name}, this run: {_requests(engine.counts)}')
   print(f'written to {output} in {report.seconds:.0f} s\n')
   for line in search_keys.examples_to_read(output, shown):
     print(line)
@@ -146,15 +151,19 @@ def _names(specs: Sequence[str]) -> list[str]:
       for kind, spec in zip(kinds, specs)]
 
 
+def _requests(counts: Mapping[str, int]) -> str:
+  return (
+      f'{counts["answered"]:,} requests answered, {counts["repeated"]:,} sent '
+      f'again after a fault, {counts["cached"]:,} answered by the cache, '
+      f'{counts["failed"]:,} failed')
+
+
 def _print_cost(writes, report, prices) -> None:
   dollars = lambda spent: sum(
       tokens * price / 1e6 for tokens, price in zip(spent, prices))
-  counts = writes.counts
   all_rows = report.prompt_tokens, report.completion_tokens
   print(
-      f'endpoint, this run: {counts["answered"]:,} requests answered, '
-      f'{counts["repeated"]:,} sent again after a fault, {counts["cached"]:,} '
-      f'answered by the cache, {counts["failed"]:,} failed; '
+      f'endpoint, this run: {_requests(writes.counts)}; '
       f'{writes.tokens[0]:,} + {writes.tokens[1]:,} tokens paid, '
       f'${dollars(writes.tokens):.4f}; all rows: ${dollars(all_rows):.4f}')
   if not any(prices):

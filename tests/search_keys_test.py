@@ -295,6 +295,9 @@ def test_a_tenth_of_faults_and_a_kill_lose_nothing_and_ask_nothing_twice(
     assert whole.returncode == 0, said
     requests = len(server.answered)
     assert requests > 300
+    told = re.findall(r'(endpoint|serper), this run: (\d+) requests', said)
+    assert [name for name, _ in told] == ['endpoint', 'serper']
+    assert sum(int(count) for _, count in told) == requests
     assert set(server.answered.values()) == {1}  # each once, all of them
     assert set(server.answered) == set(server.asked)
     assert set(server.faulty) == set(fake_services.FAULTS)
