@@ -454,6 +454,19 @@ def test_a_file_without_rows_may_be_begun_otherwise(tmp_path):
     growing.File(path, {'model': 'a'})
 
 
+@pytest.mark.parametrize('cut', [1, 9, 200])
+def test_a_row_that_a_kill_has_torn_is_made_again(tmp_path, cut):
+  path = tmp_path / 'keys.jsonl'
+  examples = [_example(id=name) for name in 'abc']
+  make = lambda: _run(
+      tmp_path, examples, language_model.Rules(), {'t': _Table({})}, block=2)
+  make()
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-cut])
+  make()
+  assert path.read_bytes() == whole
+
+
 def test_rows_come_into_the_file_that_another_process_has_just_finished(
     tmp_path, monkeypatch):
   path = tmp_path / 'keys.jsonl'
