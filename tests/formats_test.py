@@ -325,18 +325,35 @@ def test_a_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch):
     found = list(rows.read(path, rows.Faults(path)))
     assert [row.values for row in found] == values
     lines = path.read_text().split('\n')
+    assert [row.number for row in found] == list(range(1, 31))
     for row in found:  # the line at which the object begins
-      assert lines[int(row.number()) - 1].strip() == '{'
+      line = row.where.partition('(line ')[2].removesuffix(')')
+      assert lines[int(line) - 1].strip() == '{'
+
+
+def test_rows_of_a_list_on_one_line_are_told_apart(tmp_path):
+  path = tmp_path / 'q.json'
+  path.write_text('[{"question": "q", "answer": "a"},'
+                  ' {"question": "r", "answer": "b"}]')
+  assert [e.id for e in datasets.read_questions(path)] == ['1', '2']
+  path.write_text('[{"question": "q", "answer": "a"}, {"question": "r"}]')
+  with pytest.raises(ValueError, match=r'row 2 \(line 1\), field answers'):
+    datasets.read_questions(path)
 
 
 @pytest.mark.parametrize('text, problem', [
     ('[{"question": "q", "answer": "a"}', 'line 1: the list has no end'),
     ('[\n{"question": "q"\n"answer": "a"}]', 'line 3: it is not JSON'),
     ('[{"question": "q", "answer": "a"}\n{}]', "line 2: expected a comma"),
-    ('[1, {"question": "q", "answer": "a"}]', 'line 1: expected an object'),
+    ('[1, {"question": "q", "answer": "a"}]',
+     r'row 1 \(line 1\): expected an object'),
+    ('[{"question": "q", "answer": "a"}]\n\n[{"question": "r"}]',
+     r"line 3: the list has ended, found '\['"),
+    ('[]' + ' ' * 60 + '\n' * 60 + 'x', "line 61: the list has ended"),
     ('[]', 'holds no questions'),
 ])
-def test_bad_lists(tmp_path, text, problem):
+def test_bad_lists(tmp_path, text, problem, monkeypatch):
+  monkeypatch.setattr(rows, '_CHUNK', 50)
   path = tmp_path / 'q.json'
   path.write_text(text)
   with pytest.raises(ValueError, match=problem):
@@ -365,6 +382,28 @@ def test_every_bad_row_is_named_up_to_a_number(tmp_path):
       pyarrow.Table.from_pylist([{'question': 'q'}]), tmp_path / 'q.parquet')
   with pytest.raises(ValueError, match='row 1, field answers: it is missing'):
     datasets.read_questions(tmp_path / 'q.parquet')
+
+
+def test_marks_and_ends_of_lines(tmp_path):
+  path = tmp_path / 'q.jsonl'
+  lines = [json.dumps({'id': i, 'title': '', 'text': f'é{i}'}) for i in '12']
+  path.write_text('\ufeff' + '\r\n'.join(lines) + '\r\n', newline='')
+  assert list(datasets.read_corpus(path)) == [
+      Document('1', '', 'é1'), Document('2', '', 'é2')]
+
+
+@pytest.mark.parametrize('text, problem', [
+    ('question,answer\nWho?,a\nWho, x?,Fred\n',
+     "line 3: it has more fields than the header; one with a ','"),
+    ('question,answer\nWho?\n', 'line 2, field answer: .*found null'),
+    ('question,answer\n"Who?,a\nWhen?,b\n', 'line 2: it is no row of a table'),
+    ('question,answer\n"A" and b?,a\n', 'line 2: it is no row of a table'),
+])
+def test_bad_tables(tmp_path, text, problem):
+  path = tmp_path / 'q.csv'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=problem):
+    datasets.read_questions(path)
 
 
 @pytest.mark.parametrize('row, problem', [
@@ -414,8 +453,9 @@ def test_corpora_of_other_kinds(tmp_path, monkeypatch):
   out.writerows([('id', 'text', 'title'), *((i, x, t) for i, t, x in wanted)])
   (tmp_path / 'psgs_w100.tsv').write_text(table.getvalue())
   assert _documents(tmp_path / 'psgs_w100.tsv') == wanted
-  (tmp_path / 'c.json').write_text(json.dumps(lines))
-  assert _documents(tmp_path / 'c.json') == wanted
+  for begin in '', '\ufeff', '\n\n':
+    (tmp_path / 'c.json').write_text(begin + json.dumps(lines))
+    assert _documents(tmp_path / 'c.json') == wanted
   path.write_bytes(gzip.compress(b'{"id": 1}\n{"id": 2, "text": 3}\n'))
   with pytest.raises(ValueError, match='2 rows are malformed: line 1, f'):
     datasets.read_corpus(path)

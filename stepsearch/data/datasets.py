@@ -270,15 +270,13 @@ def _plain(source: paths.Address) -> bool:
       '.zip/' in name):
     return False
   with rows_lib.opened(source) as (file, *_):
+    if rows_lib.is_list(file):
+      return False
     line = file.readline()
   try:
-    values = json.loads(line)
+    return not _has_context(rows_lib.Row(source, 'line 1', json.loads(line)))
   except ValueError:
-    # A list of objects begins so; anything else is told when it is read.
-    return not line.lstrip().startswith(b'[')
-  return not isinstance(values, list) and not (
-      isinstance(values, dict) and _has_context(
-          rows_lib.Row(source, 'line 1', values)))
+    return True  # which is told when it is read
 
 
 def _materialised(

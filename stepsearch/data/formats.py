@@ -210,9 +210,9 @@ def unresolved(item: Example) -> list[str]:
 
 def _own(row: Row) -> Example:
   if 'Question' in row:  # Bamboogle's table
-    row = Row(row.path, row.where, {
+    row = row.holding({
         field.lower(): value for field, value in row.values.items()})
-  example_id = row.id() if 'id' in row else row.number()
+  example_id = row.id() if 'id' in row else str(row.number)
   gold = []
   for i, item in enumerate(row.list('gold', [])):
     gold.append(_reference(row, f'gold[{i}]', item, f'{example_id}/{i}'))
@@ -236,7 +236,7 @@ def _own(row: Row) -> Example:
 
 
 def _released(row: Row) -> Example:
-  example_id = row.id() if 'id' in row else row.number()
+  example_id = row.id() if 'id' in row else str(row.number)
   answers = (
       row.text('final_answer'), *row.texts('answer_aliases', empty=True))
   documents = []
@@ -270,7 +270,7 @@ def _musique(row: Row) -> Example:
     raise row.error(
         'answerable', 'it is false: only questions that have an answer can be '
         "used, those of MuSiQue-Ans; leave MuSiQue-Full's others out")
-  example_id = row.id() if 'id' in row else row.number()
+  example_id = row.id() if 'id' in row else str(row.number)
   paragraphs = row.list('paragraphs', [])
   found = {
       item.get('idx', i): document
@@ -314,7 +314,7 @@ def _hotpotqa(row: Row) -> Example:
   row = _with_metadata(row)
   example_id = row.id(
       '_id' if '_id' in row else 'id') if '_id' in row or 'id' in row else (
-          row.number())
+          str(row.number))
   texts = {d.title: d.text for d in reversed(context(row))}
   facts = _unpacked(row, 'supporting_facts') if 'supporting_facts' in row else (
       [])
@@ -349,7 +349,7 @@ def _flashrag(row: Row) -> Example:
     return _hotpotqa(row)
   if 'question_decomposition' in inner:
     return _musique(inner)
-  example_id = row.id() if 'id' in row else row.number()
+  example_id = row.id() if 'id' in row else str(row.number)
   return _example(
       row, example_id, row.text('question'), _answers(row), [],
       _evidences(inner))
@@ -369,7 +369,7 @@ def _verl(row: Row) -> Example:
     split = extra.values.get('split')
     example_id = f'{split}_{extra.id("index")}' if split else extra.id('index')
   else:
-    example_id = row.number()
+    example_id = str(row.number)
   return _example(row, example_id, question, _answers(row), [], [])
 
 
@@ -503,7 +503,7 @@ def _with_metadata(row: Row) -> Row:
   while isinstance(inner, dict):  # MuSiQue's has another in it
     values = {k: v for k, v in inner.items() if v is not None} | values
     inner = inner.get('metadata')
-  return row if values is row.values else Row(row.path, row.where, values)
+  return row if values is row.values else row.holding(values)
 
 
 def _unpacked(row: Row, field: str) -> Any:

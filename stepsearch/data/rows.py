@@ -74,11 +74,12 @@ class Row:
 
   def __init__(
       self, path: paths.Address, where: str, values: Any, within: str = '',
-      start: int = 0,
+      start: int = 0, number: int = 0,
   ):
     self.path = path
     self.where = where  # 'line 3', 'row 3'
     self.start = start  # its first byte in the file
+    self.number = number  # counted from 1
     self._within = within
     if not isinstance(values, dict):
       raise Fault(
@@ -97,11 +98,12 @@ class Row:
   def part(self, field: str, values: Any) -> Row:
     """A row for an object inside this one."""
     within = f'{self._within}.{field}' if self._within else field
-    return Row(self.path, self.where, values, within, self.start)
+    return Row(self.path, self.where, values, within, self.start, self.number)
 
-  def number(self) -> str:
-    """Which of the rows it is, as text."""
-    return self.where.partition(' ')[2]
+  def holding(self, values: Any) -> Row:
+    """A row at the same place with other fields."""
+    return Row(
+        self.path, self.where, values, self._within, self.start, self.number)
 
   def id(self, field: str = 'id', value: Any = _REQUIRED) -> str:
     """An id, as text."""
@@ -213,6 +215,11 @@ def opened(
     yield file, name, packed
 
 
+def is_list(file: BinaryIO) -> bool:
+  """Whether a file, of which nothing is read yet, holds one JSON list."""
+  return file.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
+
+
 def members(archive: zipfile.ZipFile) -> list[str]:
   """The files of data in an archive, sorted."""
   return sorted(
@@ -227,10 +234,10 @@ def _unpacked(path, file, name, faults):
     if name.endswith('.parquet'):
       yield from _parquet(path, file)
     elif name.endswith(('.csv', '.tsv')):
-      yield from _table(path, file, '\t' if name.endswith('tsv') else ',')
+      yield from _table(
+          path, file, faults, '\t' if name.endswith('tsv') else ',')
     else:
-      beginning = file.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')
-      read = _array if beginning.startswith(b'[') else _lines
+      read = _array if is_list(file) else _lines
       yield from read(path, file, faults)
   except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as e:
     raise ValueError(
@@ -255,7 +262,8 @@ def _lines(path, file, faults) -> Iterator[Row]:
           'it is empty; every line must hold one JSON object'))
       empty = 0
     try:
-      yield Row(path, f'line {line}', json.loads(content), start=start)
+      yield Row(
+          path, f'line {line}', json.loads(content), start=start, number=line)
     except Fault as fault:
       faults.add(fault)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -270,6 +278,7 @@ def _array(path, file, faults) -> Iterator[Row]:
   stream = io.TextIOWrapper(file, 'utf-8-sig')
   decode = json.JSONDecoder().raw_decode
   text, at, line, ended = stream.read(_CHUNK), 0, 1, False
+  number = 0
   wanted = '['  # [, value or separator
 
   while True:
@@ -279,7 +288,7 @@ def _array(path, file, faults) -> Iterator[Row]:
     value, after = None, -1
     if at < len(text) and wanted != 'value':
       if text[at] == ']' and wanted == 'separator':
-        return
+        break
       if text[at] != {'[': '[', 'separator': ','}[wanted]:
         faults.add(Fault(
             path, f'line {line}',
@@ -289,7 +298,7 @@ def _array(path, file, faults) -> Iterator[Row]:
       continue
     if at < len(text):
       if text[at] == ']':
-        return
+        break
       try:
         value, after = decode(text, at)
       except json.JSONDecodeError as error:
@@ -306,12 +315,25 @@ def _array(path, file, faults) -> Iterator[Row]:
       chunk = stream.read(max(_CHUNK, len(text) - at))
       text, at, ended = text[at:] + chunk, 0, not chunk
       continue
+    number += 1
     try:
-      yield Row(path, f'line {line}', value)
+      yield Row(path, f'row {number} (line {line})', value, number=number)
     except Fault as fault:
       faults.add(fault)
     line += text.count('\n', at, after)
     at, wanted = after, 'separator'
+
+  rest = text[at + 1:]
+  while rest:
+    if rest.strip():
+      line += rest[:_SPACE.match(rest).end()].count('\n')
+      faults.add(Fault(
+          path, f'line {line}',
+          f'the list has ended, found {rest.strip()[0]!r}: several lists in a '
+          'file cannot be read; join them'))
+      return
+    line += rest.count('\n')
+    rest = stream.read(_CHUNK)
 
 
 def _parquet(path, file) -> Iterator[Row]:
@@ -326,21 +348,32 @@ def _parquet(path, file) -> Iterator[Row]:
     for batch in table.iter_batches(1024):
       for values in batch.to_pylist():
         number += 1
-        yield Row(path, f'row {number}', values)
+        yield Row(path, f'row {number}', values, number=number)
   except pyarrow.ArrowInvalid as error:
     raise ValueError(
         f'{path} cannot be read as parquet ({error}): fetch it again.'
     ) from error
 
 
-def _table(path, file, separator) -> Iterator[Row]:
+def _table(path, file, faults, separator) -> Iterator[Row]:
   stream = io.TextIOWrapper(file, 'utf-8-sig', newline='')
   csv.field_size_limit(1 << 30)
-  reader = csv.DictReader(stream, delimiter=separator)
-  for values in reader:
-    # What the header does not name lies at None.
-    yield Row(path, f'line {reader.line_num}', {
-        field: value for field, value in values.items() if field is not None})
+  # Not strict, a quote without its partner would swallow rows.
+  reader = csv.DictReader(stream, delimiter=separator, strict=True)
+  try:
+    for number, values in enumerate(reader, 1):
+      where = f'line {reader.line_num}'
+      if values.pop(None, None):
+        faults.add(Fault(
+            path, where, 'it has more fields than the header; one with a '
+            f'{separator!r} in it must be in quotes'))
+        continue
+      yield Row(path, where, values, number=number)
+  except csv.Error as error:
+    faults.add(Fault(
+        path, f'line {reader.line_num + 1}',
+        f'it is no row of a table ({error}); a field that begins with a quote '
+        'must end with one, and quotes inside it are doubled'))
 
 
 def _split(path: paths.Address) -> tuple[str, str]:
