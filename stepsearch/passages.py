@@ -142,4 +142,7 @@ def from_contents(document_id: str, field: str) -> Document:
   title, separator, text = field.partition('\n')
   if not separator:
     title, text = '', field
-  return Document(document_id, title.strip().strip('"'), text)
+  title = title.strip()
+  if len(title) > 1 and title[0] == title[-1] == '"':
+    title = title[1:-1]  # only these: '""Heroes" (album)"' is "Heroes" (album)
+  return Document(document_id, title, text)

@@ -50,12 +50,16 @@ def test_corpus_in_both_forms(tmp_path):
       {'id': 0, 'title': 'Café', 'text': 'One\ntwo'},
       {'id': 'b', 'contents': '"A "quoted" title"\nText\nmore'},
       {'id': 2, 'contents': 'no title'},
+      {'id': 3, 'contents': '""Heroes" (album)"\nText'},
+      {'id': 4, 'contents': 'The "Heroes"\nText'},
       '',
   )
   assert list(datasets.read_corpus(path)) == [
       Document('0', 'Café', 'One\ntwo'),
       Document('b', 'A "quoted" title', 'Text\nmore'),
       Document('2', '', 'no title'),
+      Document('3', '"Heroes" (album)', 'Text'),
+      Document('4', 'The "Heroes"', 'Text'),
   ]
 
 
@@ -69,6 +73,7 @@ def test_corpus_in_both_forms(tmp_path):
         ([{'id': 1, 'title': 'x'}], 'line 1, field text: it is missing'),
         ([{'id': 1, 'title': 'x', 'text': ' '}], 'field text: it is empty'),
         ([{'id': 1, 'title': 'x', 'text': 3}], 'field text: .* a number'),
+        ([{'id': 1, 'contents': '"x"\n'}], 'contents: nothing follows its'),
         ([{'id': None, 'title': 'x', 'text': 'y'}], 'field id: .* null'),
         (['', {'id': 1, 'title': 'x', 'text': 'y'}], 'line 1: it is empty'),
         (
