@@ -170,6 +170,11 @@ def test_2wiki_and_its_questions(tmp_path):
       SubQuestion('Get Low >> performer', 'Dil', ('w/0',)),
       SubQuestion('Dil >> born', '1987', ('w/1',)))
   assert found.hops == 2 and found.licence == 'Apache-2.0'
+  lists = [dict(zip(('fact', 'relation', 'entity'), e))
+           for e in _TWO['evidences']]
+  assert _one(tmp_path, _TWO | {'evidences': lists}) == found
+  lists = {name: [e[name] for e in lists] for name in lists[0]}
+  assert _one(tmp_path, _TWO | {'evidences': lists}) == found
   pairs = [{'question': 'Who sang it?', 'answer': 'Dil sang it.'},
            {'question': 'When was #1 born?', 'answer': 'In 1987.'}]
   found = _one(tmp_path, _TWO | {'qa_pairs': pairs})
@@ -188,6 +193,23 @@ def test_flashrag_verl_and_search_r1(tmp_path):
       'test_3', 'Who?', ('Fred',), source='x/bamboogle', licence='MIT')
   found = _one(tmp_path, _SEARCH_R1)
   assert found == Example('1', 'Who?', ('Fred', 'F.'), source='nq')
+
+
+def test_what_search_r1_trains_on(tmp_path):
+  metadata = {
+      key: _FACES[key] for key in ('supporting_facts', 'context', 'level')}
+  row = _SEARCH_R1 | {
+      'id': 'train_7', 'question': 'Who?', 'golden_answers': ['Fred', 'F.'],
+      'data_source': 'hotpotqa', 'extra_info': {'index': 7}}
+  nq = row | {'data_source': 'nq', 'metadata': None}
+  path = _write(
+      tmp_path / 'nq_hotpotqa_train' / 'train.jsonl', nq,
+      row | {'metadata': metadata})
+  found, hotpot = datasets.read_questions(path)
+  # The folder's name is no reason to think that it is HotpotQA's.
+  assert found == Example('train_7', 'Who?', ('Fred', 'F.'), source='nq')
+  assert _gold(hotpot) == [('B', 'Three.'), ('A', 'One. Two.')]
+  assert hotpot.source == 'hotpotqa' and hotpot.licence == 'CC BY-SA 4.0'
 
 
 def test_musique_as_flashrag_stores_it(tmp_path):
@@ -223,6 +245,54 @@ def test_own_rows_in_all_their_fields(tmp_path):
       '7', 'Who?', ('Fred',),
       (Document('7/0', 'A', 'One.'), Document('b', '', 'Two.')),
       (('a', 'b'), ('c',)), 3, 'mine', source='me', licence='CC0')
+
+
+def test_gold_passages_of_sub_questions_are_the_questions(tmp_path):
+  row = {'question': 'Who?', 'answer': 'Fred', 'gold': ['a'], 'decomposition': [
+      {'question': 'x', 'answer': 'y', 'gold': 'b'},
+      {'question': '#1?', 'answer': 'Fred', 'gold': ['a', 'b']}]}
+  corpus = {i: Document(i, i, 'One.') for i in 'ab'}
+  found = _one(tmp_path, row, corpus_by_id=corpus)
+  assert found.gold_documents == (corpus['a'], corpus['b'])
+  assert [sub.gold for sub in found.sub_questions] == [('b',), ('a', 'b')]
+  del corpus['b']
+  with pytest.raises(ValueError, match='field gold: "b" is not the id'):
+    _one(tmp_path, row, corpus_by_id=corpus)
+
+
+def test_fields_that_are_null(tmp_path):
+  row = {
+      'id': None, 'question': 'Who?', 'answers': None, 'answer': 'Fred',
+      'gold': None, 'search_keys': None, 'evidences': None, 'hops': None,
+      'source': None, 'metadata': None}
+  assert _one(tmp_path, row) == Example(
+      '1', 'Who?', ('Fred',), source='q.jsonl')
+  with pytest.raises(ValueError, match='answer: expected text, found null'):
+    _one(tmp_path, row | {'answer': None})
+  with pytest.raises(ValueError, match='answer: expected text, found a number'):
+    _one(tmp_path, row | {'answer': 1987})
+
+
+def test_the_licence_of_a_set_is_not_given_to_others(tmp_path):
+  row = {'question': 'Who?', 'answer': 'Fred', 'level': 'hard',
+         'evidences': [['a', 'b', 'c']]}
+  assert _one(tmp_path, row).licence == ''
+
+
+def test_a_resolved_reference_is_not_resolved_again(tmp_path):
+  row = {'question': 'q', 'answer': 'x', 'decomposition': [
+      {'question': 'a', 'answer': 'The #1 Hit'},
+      {'question': '#1 >> performer', 'answer': 'x'}]}
+  written = _one(tmp_path, row)
+  assert written.sub_questions[1].question == 'The #1 Hit >> performer'
+  datasets.write_questions(tmp_path / 'out.jsonl', [written])
+  assert datasets.read_questions(tmp_path / 'out.jsonl') == [written]
+  # Nor needs a sub-question an answer once nothing refers to it.
+  row = {'question': 'q', 'answer': 'x', 'sub_questions': [{'question': 'a'}]}
+  written = _one(tmp_path, row)
+  datasets.write_questions(tmp_path / 'out.jsonl', [written])
+  assert datasets.read_questions(tmp_path / 'out.jsonl') == [written]
+  assert written.sub_questions == (SubQuestion('a'),)
 
 
 def test_written_questions_are_read_back(tmp_path):
@@ -415,6 +485,9 @@ def test_bad_tables(tmp_path, text, problem):
     (_HOTPOT | {'context': '[['}, 'field context: it is not JSON'),
     (_FACES | {'context': {'title': ['A']}}, 'two lists of one length'),
     (_TWO | {'evidences': [['a', 'b']]}, r'evidences\[0\]: expected \[subj'),
+    (_TWO | {'evidences': {'fact': ['a'], 'relation': [], 'entity': []}},
+     'field evidences: expected three lists of one length'),
+    (_TWO | {'evidences': 3}, 'field evidences: expected a list'),
     (_VERL | {'prompt': []}, 'no message in it has the role user'),
     (_SEARCH_R1 | {'reward_model': {'ground_truth': {'target': []}}},
      r'field reward_model\.ground_truth\.target: it is empty'),

@@ -6,9 +6,9 @@ A row's shape is told by its fields, never by the file's name:
 
     own         question, answers; or answer, a text or a list. All else is
                 optional: id, gold [ids, or {id, title, text}], decomposition
-                [{question, answer, gold}], search_keys [sub-question][query],
-                evidences [[subject, relation, object]], hops, dataset, source,
-                licence
+                [{question, answer, gold}], or sub_questions where the #k are
+                replaced already, search_keys [sub-question][query], evidences
+                [[subject, relation, object]], hops, dataset, source, licence
     released    with arXiv 2505.15107: question, final_answer, answer_aliases,
                 sub_searchs, sub_support_docs [{title, paragraph_text}]; as of
                 `prepare keys` also sub_questions [{question, answer, gold}],
@@ -18,8 +18,9 @@ A row's shape is told by its fields, never by the file's name:
     hotpotqa    HotpotQA and 2WikiMultihopQA, official or as on Hugging Face:
                 question, answer, supporting_facts, context; 2Wiki's evidences
                 and qa_pairs
-    flashrag    question, golden_answers; also transcripts of Search-R1
-    verl        prompt, reward_model, extra_info; also Search-R1's
+    flashrag    question, golden_answers, metadata; also what Search-R1 trains
+                on, and its transcripts
+    verl        prompt, reward_model, extra_info
 
 A gold document may be spelled out, or be an id or a title that waits for a
 corpus (`Document.text` is empty then; `datasets.read_questions` looks it up).
@@ -77,10 +78,10 @@ def shape(row: Row) -> str:
   if 'answers' not in row and ('supporting_facts' in row or isinstance(
       row.values.get('context'), (list, dict))):
     return 'hotpotqa'
+  if 'golden_answers' in row and 'question' in row:
+    return 'flashrag'
   if 'reward_model' in row:
     return 'verl'
-  if 'golden_answers' in row:
-    return 'flashrag'
   if 'question' in row.values or 'Question' in row:
     return 'own'
   fields = ', '.join(map(str, row.values))
@@ -142,7 +143,10 @@ def passage(row: Row) -> Document:
   else:
     row.text('title', blank=True)
     row.text('text')
-  return passages.document(row.values)
+  document = passages.document(row.values)
+  if not document.text.strip():
+    raise row.error('contents', 'nothing follows its title')
+  return document
 
 
 class Pool:
@@ -174,7 +178,7 @@ def record(item: Example) -> dict[str, Any]:
         {'id': d.id, 'title': d.title, 'text': d.text}
         for d in item.gold_documents]
   if item.sub_questions:
-    row['decomposition'] = [
+    row['sub_questions'] = [
         {'question': s.question, 'answer': s.answer, 'gold': list(s.gold)}
         for s in item.sub_questions]
   if item.search_keys:
@@ -222,8 +226,13 @@ def _own(row: Row) -> Example:
     part = row.part(f'{field}[{i}]', item)
     ids = part.values.get('gold')
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    subs.append(_sub(
-        part, subs, [part.id('gold', value=item) for item in ids]))
+    ids = [part.id('gold', value=item) for item in ids]
+    subs.append(
+        _sub(part, subs, ids) if field == 'decomposition'
+        else _filled(part, ids))
+  named = {document.id for document in gold}
+  of_subs = dict.fromkeys(i for sub in subs for i in sub.gold)
+  gold += [Document(i, '', '') for i in of_subs if i not in named]
   if not subs:
     subs = _evidences(row)
   keys = None
@@ -254,9 +263,7 @@ def _released(row: Row) -> Example:
         raise part.error(
             'gold', f'{place!r} is none of the {len(documents)} rows of '
             'sub_support_docs')
-    subs.append(SubQuestion(
-        part.text('question'), part.text('answer', blank=True),
-        tuple(documents[place].id for place in places)))
+    subs.append(_filled(part, [documents[place].id for place in places]))
   # A sub-question may have lost all its keys; `prepare keys` counts it.
   keys = tuple(
       row.texts(f'sub_searchs[{i}]', value=item, empty=True)
@@ -407,7 +414,7 @@ def _example(row, example_id, question, answers, gold, subs, keys=None):
 
 def _answers(row: Row) -> tuple[str, ...]:
   """All answers that a row accepts, the reference first."""
-  if 'answers' in row.values:
+  if 'answers' in row:
     return row.texts('answers')
   if 'golden_answers' in row:
     return row.texts('golden_answers')
@@ -442,11 +449,24 @@ def _sub(part: Row, before: Sequence[SubQuestion], gold: Sequence[str]):
       part.text('answer'), tuple(gold))
 
 
+def _filled(part: Row, gold: Sequence[str]) -> SubQuestion:
+  """A sub-question whose references are replaced; its answer may be unknown."""
+  return SubQuestion(
+      part.text('question'),
+      part.text('answer', blank=True) if 'answer' in part else '', tuple(gold))
+
+
 def _evidences(row: Row) -> list[SubQuestion]:
   """2Wiki's triples as sub-questions, written as MuSiQue writes relations."""
+  found = _unpacked(row, 'evidences') if 'evidences' in row else []
+  if isinstance(found, dict):  # as Hugging Face stores it
+    part = row.part('evidences', found)
+    lists = [part.list(name) for name in ('fact', 'relation', 'entity')]
+    if len(set(map(len, lists))) > 1:
+      raise row.error('evidences', 'expected three lists of one length')
+    found = list(map(list, zip(*lists)))
   subs = []
-  for i, item in enumerate(
-      _unpacked(row, 'evidences') if 'evidences' in row else []):
+  for i, item in enumerate(row.list('evidences', value=found)):
     item = list(item.values()) if isinstance(item, dict) else item
     triple = row.list(f'evidences[{i}]', value=item)
     if len(triple) != 3:
@@ -521,13 +541,16 @@ def _release(row: Row) -> str:
   """Which published set a row is of; '' = not known."""
   if 'question_decomposition' in row:
     return 'musique'
-  if 'evidences' in row:
+  if 'supporting_facts' in row and 'evidences' in row:
     return '2wiki'
-  if 'level' in row:
+  if 'supporting_facts' in row and 'level' in row:
     return 'hotpotqa'
   folder, name = os.path.split(os.fspath(row.path))
-  for text in (row.values.get('data_source'), name, os.path.basename(folder)):
-    match = _NAMED.search(text) if isinstance(text, str) else None
+  texts = name, os.path.basename(folder)
+  if isinstance(row.values.get('data_source'), str):
+    texts = (row.values['data_source'],)  # a file may have several
+  for text in texts:
+    match = _NAMED.search(text)
     if match:
       name = match[1].lower()
       return _ALIKE.get(name, name)

@@ -149,7 +149,7 @@ def _values(data: bytes) -> dict[str, Any]:
       'gold': [
           {'id': i, 'title': title, 'text': text} for i, title, text in zip(
               texts('gold/id'), texts('gold/title'), texts('gold/text'))],
-      'decomposition': subs,
+      'sub_questions': subs,
       'search_keys': keys,
       'hops': numbers('hops')[0],
       'source': texts('source')[0],
