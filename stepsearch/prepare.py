@@ -59,7 +59,9 @@ def _published(name: str, argv: Sequence[str]) -> NoReturn:
       'download', False, 'Fetch the raw files from Hugging Face to --raw_dir.')
   export = flags.DEFINE_string(
       'export', '', 'Folder for SPLIT.jsonl of the questions, too.')
-  splits = flags.DEFINE_list('splits', None, 'Those wanted; default: all.')
+  splits = flags.DEFINE_list(
+      'splits', None, f'Those wanted; default: those of --{", --".join(known)} '
+      'where one is given, else all.')
   variant = flags.DEFINE_enum(
       'variant', releases[0].config, [r.config for r in releases],
       'Which of the settings of the set.') if len(releases) > 1 else None
@@ -96,7 +98,8 @@ def prepare(
     data_dir: on disk or gs://.
     raw_dir: where raw files are looked for that `files` does not name.
     files: by split.
-    splits: those wanted; default: those of `files`, else all.
+    splits: those wanted besides those of `files`; default: none, or all where
+      there are no `files`.
     partial: take files of fewer questions than were published.
     fetch: download the raw files to `raw_dir` first.
     export: folder for the questions as JSON lines.
@@ -108,8 +111,9 @@ def prepare(
   from stepsearch.data import builders
 
   files = dict(files or {})
-  wanted = list(splits or files or release.splits)
-  for split in [*wanted, *files]:
+  wanted = list(dict.fromkeys([*(splits or ()), *files])) or list(
+      release.splits)
+  for split in wanted:
     if split not in release.splits:
       raise ValueError(
           f'--splits={split}: {release.name} '
@@ -142,6 +146,7 @@ def prepare(
         name = builders.named(
             release, split, len(examples), files[split], partial)
         questions[name] = examples
+    _keep_others(folder, list(questions))
     total = sum(map(len, questions.values()))
     with _counted(progress, f'writing {release.name}', total) as tick:
       builders.write(
@@ -168,18 +173,19 @@ def prepare(
 
 
 def _keep_others(folder, splits):
-  """Refuses to replace a prepared set by one that has fewer splits."""
+  """Refuses to replace a prepared set by one that has less."""
   info = folder / 'dataset_info.json'
   if not info.exists():
     return
   there = [split['name'] for split in json.loads(info.read_text())['splits']]
   lost = [
-      name for name in there if name.removesuffix('_partial') not in splits]
+      name for name in there
+      if name not in splits and name.removesuffix('_partial') not in splits]
   if lost:
     raise ValueError(
         f'{folder} holds {", ".join(lost)}, which preparing '
-        f'{", ".join(splits)} alone would lose: prepare all splits in one go, '
-        'or choose another --data_dir.')
+        f'{", ".join(splits)} would lose: prepare all splits in one go, whole '
+        'ones again from whole files, or choose another --data_dir.')
 
 
 def _say_next(name, splits, corpus, data_dir):
@@ -222,8 +228,8 @@ def _corpus(argv: Sequence[str]) -> NoReturn:
       'name', None, 'What it is called: NAME:corpus.', required=True)
   files = flags.DEFINE_list(
       'files', None, 'Passages of {id, title, text} or {id, contents}, DPR\'s '
-      '.tsv, or questions with their paragraphs, which are pooled; one file, '
-      'or several of questions.')
+      '.tsv, or questions with their paragraphs, which are pooled. Several '
+      'files become one corpus, in which ids have to be unique.')
   raw_dir = flags.DEFINE_string(
       'raw_dir', '', 'Folder for --download; wiki-18 is looked for in it.')
   fetch = flags.DEFINE_bool(
@@ -274,15 +280,10 @@ def corpus(
       for path in files:
         faults = rows_lib.Faults(path)
         with progress.phase(f'reading {path}, percent', 100) as tick:
-          for document in datasets.read_passages(path, faults, tick):
-            if len(files) > 1:
-              # Of several files each counts its own ids from 0.
-              _pooled(pool, out, document)
-              continue
+          for document in datasets.read_passages(path, faults, tick, pool):
             out.write(passages.line(document))
             size += 1
         faults.check()
-    size += len(pool)
     if not size:
       raise ValueError(f'{", ".join(files)}: no passages.')
     if wiki and size != builders.WIKI18 and not (
@@ -290,7 +291,8 @@ def corpus(
       raise ValueError(
           f'{files[0]}: wiki-18 has {builders.WIKI18:,} passages as published, '
           f'and here are {size:,}. Fetch the whole file, or give --partial.')
-    datasets.read_corpus(draft)  # ids occur once
+    with progress.phase('checking ids, percent', 100) as tick:
+      datasets.indexed(draft, ', '.join(files), tick)
     folder = _write_corpus(
         name, draft, size, data_dir, progress,
         partial=wiki and size < builders.WIKI18)
@@ -414,7 +416,8 @@ def _beside(data_dir: str) -> str | None:
   """Where to draft: on the disk that the result goes to, if it is one."""
   if paths.is_remote(data_dir):
     return None
-  os.makedirs(data_dir, exist_ok=True)
+  with paths.explained(data_dir):
+    os.makedirs(data_dir, exist_ok=True)
   return data_dir
 
 

@@ -170,9 +170,27 @@ def test_no_split_is_lost(tmp_path, musique):
     prepare.prepare(musique, data, raw, splits=['dev'])
   _raw(tmp_path / 'raw', train=3)  # the whole file has come
   prepare.prepare(musique, data, raw)
+  _raw(tmp_path / 'raw', train=1)
+  with pytest.raises(ValueError, match='holds train, which .* train_partial,'):
+    prepare.prepare(musique, data, raw, partial=True)
   for split, size in ('train', 3), ('dev', 2):
     assert len(datasets.read_questions(
         f'musique:{split}', directory=data)) == size
+
+
+def test_splits_beside_those_that_are_named(tmp_path, musique):
+  raw, data = _raw(tmp_path / 'raw', train=3), str(tmp_path / 'data')
+  other = _raw(tmp_path / 'other', dev=2) + '/musique_ans_v1.0_dev.jsonl'
+  prepare.prepare(musique, data, raw, {'dev': [other]}, splits=['train'])
+  for split in 'train', 'dev':
+    datasets.read_questions(f'musique:{split}', directory=data)
+
+
+def test_raw_files_of_this_folder(tmp_path, musique, monkeypatch):
+  _raw(tmp_path, train=3)
+  monkeypatch.chdir(tmp_path)
+  assert builders.find(musique, '.', ['train'])['train'] == [
+      'musique_ans_v1.0_train.jsonl']
 
 
 def test_raw_files_are_found_also_in_archives(tmp_path, musique):
@@ -304,9 +322,22 @@ def test_corpora(tmp_path, capsys):
   with pytest.raises(ValueError, match='only wiki18 is fetched'):
     prepare.corpus('mine', [], data, fetch=True)
   file.write_text('{"id": 1, "title": "", "text": "x"}\n' * 2)
-  with pytest.raises(ValueError, match='"1" is on line 1 and again on line 2'):
+  with pytest.raises(ValueError, match=r'c\.jsonl: .*row 1 and again on row 2'):
     prepare.corpus('mine', [str(file)], data)
   assert len(datasets.read_corpus('mine:corpus', data)) == 3  # as it was
+
+
+def test_parts_of_a_corpus_keep_their_ids(tmp_path):
+  data, files = str(tmp_path / 'data'), []
+  for i, ids in enumerate((('5', '3'), ('7',))):
+    files.append(str(tmp_path / f'part-{i}.jsonl'))
+    pathlib.Path(files[-1]).write_text(''.join(
+        json.dumps({'id': i, 'contents': f'"T"\n{i}'}) + '\n' for i in ids))
+  prepare.corpus('mine', files, data)
+  assert [d.id for d in datasets.read_corpus('mine:corpus', data)] == [
+      '5', '3', '7']
+  with pytest.raises(ValueError, match='id "5" is on row 1 and again on row 4'):
+    prepare.corpus('mine', [*files, files[0]], data)
 
 
 @pytest.mark.parametrize('source, problem', [

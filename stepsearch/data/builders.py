@@ -272,8 +272,8 @@ def find(
     for pattern in split.files:
       files = [
           path for path in there
-          if fnmatch.fnmatch(path, f'*/{pattern}')
-          or fnmatch.fnmatch(path, f'*/{pattern}.gz')]
+          if fnmatch.fnmatch(f'/{path}', f'*/{pattern}')
+          or fnmatch.fnmatch(f'/{path}', f'*/{pattern}.gz')]
       plain = [path for path in files if '.zip/' not in path]
       files = plain or files
       if len(files) > 1 and '*' not in pattern:

@@ -53,9 +53,26 @@ def read_corpus(
     path = prepared.passages_file(known, directory)
   else:
     path = source if _plain(source) else _materialised(source, say)
+  return indexed(path, source)
+
+
+def indexed(
+    path: paths.Address, source: paths.Address,
+    tick: Callable[[int], None] | None = None,
+) -> passages.Passages:
+  """Checks a file of passages as lines, and maps it.
+
+  Args:
+    path: the file.
+    source: what it is made of, for errors.
+    tick: as of `rows.read`.
+
+  Raises:
+    ValueError: as of `read_corpus`.
+  """
   starts, hashes = array.array('q'), array.array('q')
   faults = rows_lib.Faults(source)
-  for row in rows_lib.read(path, faults):
+  for row in rows_lib.read(path, faults, tick):
     try:
       formats.passage(row)
     except rows_lib.Fault as fault:
@@ -72,9 +89,10 @@ def read_corpus(
   twice = documents.repeated()
   if twice:
     first, again = twice
+    row = 'line' if path == source else 'row'
     raise ValueError(
-        f'{source}: the id "{documents[first].id}" is on line {first + 1} and'
-        f' again on line {again + 1}; ids must be unique.'
+        f'{source}: the id "{documents[first].id}" is on {row} {first + 1} and'
+        f' again on {row} {again + 1}; ids must be unique.'
     )
   return documents
 
@@ -223,6 +241,7 @@ def check(
 def read_passages(
     source: paths.Address, faults: rows_lib.Faults,
     tick: Callable[[int], None] | None = None,
+    pool: formats.Pool | None = None,
 ) -> Iterator[Document]:
   """The passages of a file of any kind, one after the other.
 
@@ -230,6 +249,7 @@ def read_passages(
     source: a corpus, or questions with their paragraphs, which are pooled.
     faults: where malformed rows go.
     tick: as of `rows.read`.
+    pool: with the paragraphs of the files before, none of which come again.
   """
   rows = rows_lib.read(source, faults, tick)
   first = next(rows, None)
@@ -237,7 +257,7 @@ def read_passages(
     return
   rows = itertools.chain([first], rows)
   if _has_context(first):
-    pool = formats.Pool()
+    pool = formats.Pool() if pool is None else pool
     for row in rows:
       try:
         documents = formats.context(row)
@@ -293,7 +313,9 @@ def _materialised(
     status = local.stat()
   digest = lambda *key: hashlib.blake2b(
       repr(key).encode(), digest_size=8).hexdigest()
-  kept = paths.cache() / 'passages' / digest(os.path.abspath(source))
+  kept = paths.cache() / 'passages' / digest(
+      os.fspath(source) if paths.is_remote(source)
+      else os.path.abspath(source))
   folder = kept / digest(status.st_size, status.st_mtime_ns)
   file = folder / 'corpus.jsonl'
   if not file.exists():
