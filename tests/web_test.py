@@ -154,6 +154,17 @@ def test_a_service_that_is_gone_ends_a_run_only_in_the_end():
     web.patient('serper', 1, url=url, timeout=1, retries=0, give_up=1)
 
 
+def test_a_service_that_refuses_all_ends_a_run_at_once():
+  # Its refusals come quickly: seconds of searches would be many steps.
+  with fake_services.running(pages=_PAGES) as server:
+    patient = web.patient(
+        'serper', 1, url=f'{server.url}/search', timeout=1.0, retries=1,
+        give_up=60.0, wait=0.01)
+    server.refuse = {'/search': 402}
+    with pytest.raises(retriever.Unavailable, match='no use any more.*402'):
+      patient.search(['Ada'], 1)
+
+
 def test_a_wrong_key_is_told_without_showing_it(monkeypatch):
   other = 'sk-another-key'
   monkeypatch.setenv('OTHER_KEY', other)

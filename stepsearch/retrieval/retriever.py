@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stepsearch import client
 from stepsearch import passages
 from stepsearch import paths
 from stepsearch.retrieval import embed as embedding
@@ -315,7 +316,7 @@ def from_factory(
 
 
 class Unavailable(ValueError):
-  """A search engine has answered nothing for longer than a run waits."""
+  """A search engine answers nothing for longer than a run waits, or ever."""
 
 
 class PartlyFailed(ConnectionError):
@@ -378,7 +379,8 @@ class Patient:
     """As the engine's, or an empty list a query; some queries a call.
 
     Raises:
-      Unavailable: no call was answered in `give_up` seconds of searches.
+      Unavailable: no call was answered in `give_up` seconds of searches, or the
+        engine says `client.Refused`.
     """
     return [
         row for start in range(0, len(queries), _CALL)
@@ -391,6 +393,9 @@ class Patient:
         time.sleep(self._wait * 2 ** (attempt - 1))
       try:
         found = self._checked(queries, k)
+      except client.Refused as error:
+        raise Unavailable(
+            f'{self._name} is of no use any more: {error}') from error
       except Exception as error:  # whatever a user's engine may raise
         cause = error
       else:
