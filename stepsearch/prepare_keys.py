@@ -119,7 +119,8 @@ def run(
         f'are not in {output}: the report beside it names them. The same '
         'command asks them, and only them, again.')
   print('\nnext: python -m stepsearch.train --config=configs/musique.py '
-        f'--config.data.train={output} …')
+        f'--config.data.train={output}'
+        + (f' --config.data.corpus={corpus}' if corpus else '') + ' …')
   return report
 
 

@@ -295,6 +295,7 @@ def test_a_tenth_of_faults_and_a_kill_lose_nothing_and_ask_nothing_twice(
     assert whole.returncode == 0, said
     requests = len(server.answered)
     assert requests > 300
+    assert f'={output} --config.data.corpus={tmp_path}/corpus.jsonl' in said
     told = re.findall(r'(endpoint|serper), this run: (\d+) requests', said)
     assert [name for name, _ in told] == ['endpoint', 'serper']
     assert sum(int(count) for _, count in told) == requests
