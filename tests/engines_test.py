@@ -100,6 +100,25 @@ def test_bm25_finds_only_what_holds_a_word_and_orders_equals_by_row():
     engine.search(['capital'], 6)
 
 
+@pytest.mark.parametrize('block', [1, 2, 7, 4096])
+def test_bm25_finds_the_best_of_all_blocks(block, monkeypatch):
+  rng = np.random.default_rng(0)
+  words = np.array([f'w{i}' for i in range(30)])
+  documents = [
+      Document(str(i), '', ' '.join(rng.choice(words, rng.integers(1, 9))))
+      for i in range(200)]
+  engine = bm25.build(documents)
+  monkeypatch.setattr(bm25, '_BLOCK', block)
+  for query in ('w1 w2 w3', 'w4', ' '.join(words)):
+    scores = np.array(_bm25_by_hand(documents, query)).round(5)
+    order = np.argsort(-scores, kind='stable')
+    for k in (1, 5, 200):
+      [found] = engine.search([query], k)
+      expected = scores[order[:k]]
+      np.testing.assert_allclose(
+          [d.score for d in found], expected[expected > 0], atol=2e-5)
+
+
 def test_bm25_is_loaded_for_its_corpus_and_settings_only(tmp_path, capfd):
   folder = tmp_path / 'bm25'
   built = bm25.build(_DOCUMENTS, directory=folder)

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import tokenizers
 
+from configs import default
+from stepsearch import distributed
+from stepsearch import engine as engine_lib
 from stepsearch import sharding
 from stepsearch.models import encoder
 from stepsearch.retrieval import bm25
 from stepsearch.retrieval import encoders
 from stepsearch.retrieval import engines
+from stepsearch.retrieval import fusion
 from stepsearch.retrieval import rerank
 from stepsearch.retrieval import retriever
+from stepsearch.retrieval import shards
 from stepsearch.types import Document
 
 _WORDS = ('alba', 'bero', 'cuna', 'dilo', 'efra', 'gomi', 'is', 'in', 'the')
@@ -196,3 +201,33 @@ def test_a_folder_of_sentence_transformers_loads(tiny, tmp_path, mesh):
   (copy / 'config.json').write_text(json.dumps(raw))
   loaded = rerank.load(copy, mesh=mesh)
   assert isinstance(loaded._module, encoder.CrossEncoder)
+
+
+@pytest.mark.parametrize('placement', ['replicated', 'sharded'])
+def test_the_config_names_a_reranker(tiny, tmp_path, monkeypatch, placement):
+  folder, _ = tiny
+  config = default.get_config()
+  config.retriever.update(dict(
+      method='fusion', dimensions=64, index='exact', reranker=str(folder),
+      rerank_candidates=4, placement=placement))
+  made = engine_lib.build(config, _DOCUMENTS, tmp_path, lambda _: None)
+  parts = bm25.build(_DOCUMENTS), retriever.build(_DOCUMENTS, dimensions=64)
+  expected = rerank.Reranked(
+      fusion.Fusion(parts), rerank.load(folder), 4).search(['bero gomi'], 2)
+  assert made.search(['bero gomi'], 2) == expected
+  # Of two processes the second scores every other pair of a sharded engine.
+  asked = []
+  monkeypatch.setattr(distributed, 'count', lambda: 2)
+  monkeypatch.setattr(distributed, 'index', lambda: 1)
+  monkeypatch.setattr(distributed, 'barrier', lambda *_: None)
+  monkeypatch.setattr(shards, 'distribute', lambda engine, *_: made._engine)
+  monkeypatch.setattr(
+      rerank.Scorer, 'score',
+      lambda self, pairs: asked.append(pairs) or np.ones(len(pairs)))
+  monkeypatch.setattr(
+      distributed, 'exchange', lambda value, channel: [value, value])
+  if placement == 'sharded':
+    engine = engine_lib.build(config, _DOCUMENTS, tmp_path, lambda _: None)
+    assert isinstance(engine, rerank.Reranked)
+    engine.search(['bero gomi'], 2)
+    assert len(asked[0]) == 2  # of four candidates
