@@ -236,6 +236,16 @@ def test_bad_rows_of_a_raw_file(tmp_path, musique):
   assert not (tmp_path / 'data').exists()
 
 
+def test_rows_of_another_set(tmp_path, musique):
+  row = {'_id': 'a', 'question': 'q', 'answer': 'x', 'level': 'hard',
+         'supporting_facts': [['A', 0]], 'context': [['A', ['One.']]]}
+  (tmp_path / 'dev.json').write_text(json.dumps([row, row]))
+  files = {'dev': [str(tmp_path / 'dev.json')]}
+  with pytest.raises(
+      ValueError, match=r'2 rows .* 1 \(line 1\): it is of hotpotqa, not of'):
+    prepare.prepare(musique, str(tmp_path / 'data'), files=files)
+
+
 def test_download(tmp_path, musique, monkeypatch):
   import huggingface_hub
 
@@ -369,6 +379,8 @@ def test_names(tmp_path, monkeypatch):
     datasets.read_questions('musique:dev')
   assert datasets.name('2wiki:dev_partial') == '2wiki'
   assert datasets.name('x/musique/questions.jsonl') == 'musique'
+  assert datasets.name('x/musique/questions.jsonl.gz') == 'musique'
+  assert datasets.name('raw.zip/v1.0/dev.json') == 'dev'
 
 
 def test_inspect(tmp_path, musique, capsys):

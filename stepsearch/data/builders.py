@@ -288,12 +288,11 @@ def find(
   if missing:
     hub = ', '.join(release.splits[name].hub for name in splits)
     raise ValueError(
-        f'{raw_dir or "without --raw_dir there"} holds no raw file of '
-        f'{release.name} for {"; ".join(missing)}; plain, .gz, or in a .zip. '
-        f'Fetch it from {release.homepage}, or with --download from '
-        f'https://huggingface.co/datasets/{release.repository} ({hub}); name a '
-        f'file of yours by --{splits[0]}=FILE, or leave splits out by --splits.'
-    )
+        f'--raw_dir={raw_dir}: there is no raw file of {release.name} for '
+        f'{"; ".join(missing)}; plain, .gz, or in a .zip. Fetch it from '
+        f'{release.homepage}, or with --download from https://huggingface.co/'
+        f'datasets/{release.repository} ({hub}); name a file of yours by '
+        f'--{splits[0]}=FILE, or leave splits out by --splits.')
   return found
 
 
@@ -346,6 +345,10 @@ def read(
     faults = rows_lib.Faults(path)
     for row in rows_lib.read(path, faults, tick):
       try:
+        other = formats.release(row)
+        if other not in ('', release.name):
+          raise rows_lib.Fault(
+              path, row.where, f'it is of {other}, not of {release.name}')
         example = formats.example(row)
         documents = [pool(document) for document in formats.context(row)]
       except rows_lib.Fault as fault:

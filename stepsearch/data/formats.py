@@ -408,7 +408,7 @@ def _example(row, example_id, question, answers, gold, subs, keys=None):
       source=source if isinstance(source, str) else (
           os.path.basename(os.fspath(row.path))),
       licence=licence if isinstance(licence, str) else (
-          LICENCES.get(_release(row), '')),
+          LICENCES.get(release(row) or _named(row), '')),
   )
 
 
@@ -537,14 +537,19 @@ def _unpacked(row: Row, field: str) -> Any:
     raise row.error(field, f'it is not JSON ({error})') from None
 
 
-def _release(row: Row) -> str:
-  """Which published set a row is of; '' = not known."""
+def release(row: Row) -> str:
+  """Of which published set a row has the fields; '' = not known."""
   if 'question_decomposition' in row:
     return 'musique'
   if 'supporting_facts' in row and 'evidences' in row:
     return '2wiki'
   if 'supporting_facts' in row and 'level' in row:
     return 'hotpotqa'
+  return ''
+
+
+def _named(row: Row) -> str:
+  """Which published set a row, its file or its folder names; '' = none."""
   folder, name = os.path.split(os.fspath(row.path))
   texts = name, os.path.basename(folder)
   if isinstance(row.values.get('data_source'), str):
