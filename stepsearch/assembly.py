@@ -727,12 +727,16 @@ def _read(config, training, say):
     corpus = datasets.read_corpus(
         config.data.corpus, config.data.directory, say)
     by_id = corpus.by_id
-  held_out = []
-  for source in config.data.eval.split(','):
-    source = source.strip()
+  held_out, names = [], set()
+  for source in filter(None, map(str.strip, config.data.eval.split(','))):
+    name = datasets.name(source)
+    config_lib.require(
+        name not in names, 'data.eval', config.data.eval,
+        f'two of its sets are called {name}, and their metrics would be one: '
+        'rename a file, or evaluate one of them afterwards.')
+    names.add(name)
     read = datasets.read_questions(
-        source, by_id, dataset=datasets.name(source),
-        directory=config.data.directory)
+        source, by_id, dataset=name, directory=config.data.directory)
     held_out += read[:config.data.eval_questions or None]
   if not training:
     return corpus, [], held_out

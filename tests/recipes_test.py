@@ -109,6 +109,19 @@ def test_what_is_left_out_is_said(tmp_path, words):
   assert len(parts.eval) == 1 and not parts.train
 
 
+def test_metrics_of_two_sets_are_not_one(tmp_path, words):
+  other = tmp_path / 'other' / 'eval.jsonl'
+  other.parent.mkdir()
+  other.write_text(json.dumps(_PLAIN | {'question': 'what ?'}))
+  with pytest.raises(ValueError, match='two of its sets are called eval'):
+    _parts(tmp_path, words, [_PLAIN], _OUTCOME,
+           f'data.eval={tmp_path}/eval.jsonl,{other}')
+  another = other.rename(tmp_path / 'another.jsonl')
+  parts, _ = _parts(tmp_path, words, [_PLAIN], _OUTCOME,
+                    f'data.eval={tmp_path}/eval.jsonl, {another},')
+  assert [e.dataset for e in parts.eval] == ['eval', 'another']
+
+
 def test_a_prepared_set_is_named(tmp_path, words):
   steps = [
       {'question': 'who is the mayor of cuna ?', 'answer': 'bero',

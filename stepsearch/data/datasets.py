@@ -154,13 +154,15 @@ def read_questions(
 def name(source: paths.Address) -> str:
   """What a source is called in metrics: musique for musique:dev.
 
-  Also for musique/questions.jsonl; bamboogle for bamboogle.jsonl.
+  Also for musique/questions.jsonl; bamboogle for bamboogle.jsonl.gz.
   """
   known = prepared.parse(source)
   if known is not None:
     return known.name
   path = paths.Path(source)
-  return path.parent.name if path.stem == 'questions' else path.stem
+  stem = path.name.removesuffix('.gz').removesuffix('.zip')
+  stem = paths.Path(stem).stem if stem.endswith(rows_lib.SUFFIXES) else stem
+  return path.parent.name if stem == 'questions' else stem
 
 
 def write_questions(
