@@ -291,7 +291,7 @@ def build(
       train, corpus if engine_lib.is_here(config) else None,
       turn_rewards=_turn_rewards(config), k=config.rollout.k,
       key_rewards=key_rewards)
-  keyless = sum(not example.search_keys for example in train)
+  keyless = sum(not any(example.search_keys) for example in train)
   if key_rewards and keyless:
     say(f'{keyless:,} of {len(train):,} training questions have no search '
         'keys: their key reward is 0')

@@ -80,7 +80,8 @@ def _published(name: str, argv: Sequence[str]) -> NoReturn:
         release, flags.FLAGS.data_dir, raw_dir.value,
         {name: flag.value for name, flag in files.items() if flag.value},
         splits=splits.value, partial=partial.value, fetch=fetch.value,
-        export=export.value, aliases=aliases.value if aliases else '')
+        export=export.value,
+        aliases='' if aliases is None else aliases.value)
 
   config_lib.main(run, takes_config=False, argv=argv)
 
@@ -396,7 +397,7 @@ def describe(name: str, examples: Sequence[Example]) -> str:
       f'{name}: {n:,} questions; hops: {shown}',
       f'  {sum(len(e.answers) for e in examples) / n:.2f} answers a question; '
       f'{share(sum(bool(e.gold_documents) for e in examples))} gold documents, '
-      f'{subs}, {share(sum(bool(e.search_keys) for e in examples))} search '
+      f'{subs}, {share(sum(any(e.search_keys) for e in examples))} search '
       f'keys; licence: {licences}']
   for key, subs in itertools.islice(left.items(), 20):
     lines.append(

@@ -405,6 +405,17 @@ def _command(*args):
       capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize('name', list(prepared.CONFIGS))
+def test_the_command_of_each_set(tmp_path, name):
+  raw = tmp_path / 'raw.jsonl'
+  raw.write_text('{"question": "q"}')
+  split = 'test' if name == 'bamboogle' else 'dev'
+  done = _command(name, f'--{split}={raw}', f'--data_dir={tmp_path}/data')
+  assert done.returncode == 1 and done.stderr == (
+      f'error: {raw}, line 1, field answers: it is missing; the row has '
+      'question.\n')
+
+
 def test_the_command(tmp_path):
   raw, data = _raw(tmp_path / 'raw', dev=2), tmp_path / 'data'
   done = _command(

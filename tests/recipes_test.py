@@ -82,6 +82,7 @@ def test_what_suffices(tmp_path, words, rows, overrides):
     ([_PLAIN], ['reward.turn_reward=false'], [
         'none of the 1', 'prepare keys', 'search_key=false']),
     ([_PLAIN | _GOLD], [], ['none of the 1', 'prepare keys']),
+    ([_PLAIN | _GOLD | {'search_keys': [[], []]}], [], ['none of the 1']),
     ([_PLAIN | _KEYS], [], ['1 of 1', 'prepare gold']),
     ([_PLAIN | _GOLD | _KEYS, _PLAIN | {'question': 'who ?'}], [],
      ['1 of 2', '(2)', 'prepare gold']),

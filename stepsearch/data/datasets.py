@@ -232,7 +232,8 @@ def check(
         ' is; or train without, by config.reward.turn_reward=false, or by'
         " config.algorithm=ppo, for which the answer's reward is all."
     )
-  if key_rewards and examples and not any(e.search_keys for e in examples):
+  if key_rewards and examples and not any(
+      any(e.search_keys) for e in examples):
     raise ValueError(
         f'none of the {len(examples)} questions has search keys, which the key'
         ' reward compares queries with. `python -m stepsearch.prepare keys`'
