@@ -303,10 +303,12 @@ class _Pipeline:
           places[query].append((draft, number))
     asked = list(places)
     for name, engine in self._engines.items():
-      for query, documents in zip(asked, _found(engine, asked, self._config.k)):
+      found, why = _found(engine, asked, self._config.k)
+      for query, documents in zip(asked, found):
         for draft, number in places[query]:
           if documents is None:
-            draft.failed = draft.failed or f'{name} has no answer to {query!r}'
+            draft.failed = draft.failed or (
+                f'{name} has no answer to {query!r}{why}')
           elif self._is_valid(draft, draft.steps[number], documents):
             draft.valid[number][query].append(name)
 
@@ -393,10 +395,13 @@ def _leaks(query: str, step: types.SubQuestion) -> bool:
       not words.occurs(step.answer, step.question))
 
 
-def _found(engine, queries, k) -> list[list[types.Document] | None]:
-  """What an engine finds; None where it has failed, not where it has nothing.
+def _found(
+    engine, queries, k
+) -> tuple[list[list[types.Document] | None], str]:
+  """What an engine finds; None where it has failed, and then why.
 
-  An engine that is patient with its server says only that something failed.
+  An engine that is patient with its server counts what failed, and has printed
+  why: whatever got nothing may have.
   """
   failed = getattr(engine, 'failed', 0)
   try:
@@ -404,10 +409,10 @@ def _found(engine, queries, k) -> list[list[types.Document] | None]:
   except ConnectionError as error:
     if not hasattr(error, 'found'):
       raise
-    return list(error.found)
+    return list(error.found), f': {error}'
   if getattr(engine, 'failed', 0) > failed:
-    return [row or None for row in found]
-  return found
+    return [row or None for row in found], ''
+  return found, ''
 
 
 # ---- what writers write
