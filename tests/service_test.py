@@ -476,6 +476,16 @@ def test_servers_that_know_contents_only():
   assert known == [dataclasses.replace(found[0], id='gold'), *found[1:]]
 
 
+def test_a_search_has_time_to_wait_for_its_turn():
+  item = {'document': {'id': 17, 'contents': 'x'}}
+  with _Faulty(_items(item)) as server:
+    engine = service.from_url(
+        server.url, 1, timeout=0.1, per_second=0.5, retries=0,
+        say=lambda _: None)
+    (found,) = engine.search(['q'], 1)
+  assert [d.id for d in found] == ['17'] and engine.failed == 0
+
+
 def test_a_cache_keeps_the_ids_of_the_server(tmp_path):
   gold = Document('gold', 'Paris', 'The capital.')
   item = {'document': {'id': 17, 'contents': '"Paris"\nThe capital.'}}

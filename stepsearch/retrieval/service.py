@@ -297,10 +297,11 @@ def from_url(
       urls, timeout=timeout, known=known, first=first, cache=cache,
       per_second=per_second)
   remote.check(k, say)
+  turn = 1 / per_second if per_second else 0.0
   return retriever.Patient(
       remote, name=f'the server of config.retriever.url = {urls!r}',
-      # One call may ask every server.
-      timeout=(timeout + 1) * len(remote.urls), **patience)
+      # One call may ask every server, each in its turn.
+      timeout=(timeout + 1 + turn) * len(remote.urls), **patience)
 
 
 class Remote:
