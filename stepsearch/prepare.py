@@ -132,8 +132,7 @@ def prepare(
   names = builders.read_aliases(aliases) if aliases else None
   progress = metrics.Progress(1)
   start = time.monotonic()
-  first = prepared.CONFIGS[release.name][:1] in ((), (release.config,))
-  corpus = release.name if first else f'{release.name}_{release.config}'
+  corpus = prepared.corpus_name(release.name, release.config)
   with tempfile.TemporaryDirectory() as scratch:
     draft = pathlib.Path(scratch) / prepared.PASSAGES
     questions, pool = {}, formats.Pool()
@@ -169,7 +168,8 @@ def prepare(
   print(f'written to {folder} in {time.monotonic() - start:.1f} s'
         + (f', JSON lines to {export}' if export else ''))
   _say_next(
-      f'{release.name}{"" if first else "/" + release.config}', questions,
+      release.name + (
+          '' if corpus == release.name else f'/{release.config}'), questions,
       f'{corpus}:corpus' if len(pool) else '…', data_dir)
 
 
@@ -195,7 +195,7 @@ def _say_next(name, splits, corpus, data_dir):
   held_out = next((s for s in splits if not s.startswith('train')), None)
   if train and held_out:
     print('next: python -m stepsearch.train --config=configs/musique.py '
-          f'--workdir=runs/{name} --config.data.directory={data_dir} '
+          f'--config.model.pretrained=… --workdir=runs/{name} --config.data.directory={data_dir} '
           f'--config.data.corpus={corpus} --config.data.train={name}:{train} '
           f'--config.data.eval={name}:{held_out}')
   elif held_out:
@@ -255,6 +255,7 @@ def corpus(
   """
   from stepsearch.data import builders
 
+  prepared.check_name(name)
   wiki = name == 'wiki18'
   raw, repository = 'wiki-18.jsonl.gz', 'PeterJinGo/wiki-18-corpus'
   if fetch:
@@ -396,13 +397,19 @@ def describe(name: str, examples: Sequence[Example]) -> str:
   lines = [
       f'{name}: {n:,} questions; hops: {shown}',
       f'  {sum(len(e.answers) for e in examples) / n:.2f} answers a question; '
-      f'{share(sum(bool(e.gold_documents) for e in examples))} gold documents, '
+      f'{share(sum(map(_has_gold, examples)))} gold documents, '
       f'{subs}, {share(sum(any(e.search_keys) for e in examples))} search '
       f'keys; licence: {licences}']
   for key, subs in itertools.islice(left.items(), 20):
     lines.append(
         f'  {key}: no earlier answer for the reference in {subs[0]!r}')
   return '\n'.join(lines)
+
+
+def _has_gold(example):
+  """Whether it has its gold passages, not only titles of some."""
+  gold = example.gold_documents
+  return bool(gold) and all(document.text for document in gold)
 
 
 def _data_dir():

@@ -98,8 +98,9 @@ def run(
     print('Turn rewards need gold passages of every question: --complete '
           'leaves the others out.')
   print('next: python -m stepsearch.train --config=configs/musique.py '
-        f'--workdir=… --config.data.corpus={corpus} '
-        f'--config.data.train={output} --config.data.eval=…')
+        '--config.model.pretrained=… --workdir=… '
+        f'--config.data.corpus={corpus} --config.data.train={output} '
+        '--config.data.eval=…')
   return written
 
 

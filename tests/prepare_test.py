@@ -227,6 +227,27 @@ def test_shards_of_a_table_are_one_split(tmp_path):
   assert found['train'] == sorted(found['train'])
 
 
+def test_passages_that_are_not_there_are_not_gold(tmp_path, capsys):
+  release = next(r for r in builders.RELEASES if r.config == 'fullwiki')
+  row = {'_id': 'a', 'question': 'q', 'answer': 'x', 'level': 'hard',
+         'supporting_facts': [['A', 0], ['B', 0]],
+         'context': [['A', ['One.']], ['B', ['Two.']]]}
+  less = row | {'_id': 'b', 'context': row['context'][:1]}
+  (tmp_path / 'dev.json').write_text(json.dumps([row, less]))
+  data = str(tmp_path / 'data')
+  prepare.prepare(
+      release, data, files={'dev': [f'{tmp_path}/dev.json']}, partial=True)
+  out = capsys.readouterr().out
+  assert ' 50.0% gold documents' in out
+  assert '--datasets=hotpotqa/fullwiki:dev_partial' in out
+  assert 'hotpotqa_fullwiki:corpus: 2 passages' in out
+  # Another question's paragraph is the one that was missing.
+  by_id = datasets.read_corpus('hotpotqa/fullwiki:corpus', data).by_id
+  found = datasets.read_questions(
+      'hotpotqa/fullwiki:dev_partial', by_id, directory=data)
+  assert [d.text for d in found[1].gold_documents] == ['One.', 'Two.']
+
+
 def test_bad_rows_of_a_raw_file(tmp_path, musique):
   raw = pathlib.Path(_raw(tmp_path / 'raw', train=3))
   file = raw / 'musique_ans_v1.0_dev.jsonl'
@@ -354,6 +375,7 @@ def test_parts_of_a_corpus_keep_their_ids(tmp_path):
     ('musiqe:dev', 'no set called musiqe; did you mean musique'),
     ('hotpotqa/wide:dev', 'has no config wide; it has distractor, fullwiki'),
     ('musique/x:dev', 'has no config x; it has none'),
+    ('a/b:corpus', 'no set called a'),
     ('musique:dev', 'is not prepared in .*prepare musique'),
     ('musique:corpus', 'prepare corpus --name=musique'),
 ])
@@ -370,6 +392,12 @@ def test_names(tmp_path, monkeypatch):
   assert prepared.parse('hotpotqa/fullwiki:dev').folder == (
       'hotpotqa/fullwiki/1.0.0')
   assert prepared.parse('mine:corpus').folder == 'corpus/mine/1.0.0'
+  for name, folder in (
+      ('hotpotqa/fullwiki', 'hotpotqa_fullwiki'),
+      ('hotpotqa/distractor', 'hotpotqa'), ('hotpotqa', 'hotpotqa')):
+    assert prepared.parse(f'{name}:corpus').folder == f'corpus/{folder}/1.0.0'
+  with pytest.raises(ValueError, match='--name=a/b: a corpus is called by'):
+    prepare.corpus('a/b', [], str(tmp_path))
   for path in ('a/b.jsonl', 'gs://b/a:dev', 'questions.jsonl', tmp_path):
     assert prepared.parse(path) is None
   monkeypatch.chdir(tmp_path)

@@ -26,7 +26,8 @@ CONFIGS = {  # the first is the default
     'musique': (), 'hotpotqa': ('distractor', 'fullwiki'), '2wiki': (),
     'bamboogle': ()}
 
-_NAME = re.compile(r'([\w.-]+)(?:/([\w.-]+))?:([\w.-]+)')
+_PART = r'[\w.-]+'
+_NAME = re.compile(f'({_PART})(?:/({_PART}))?:({_PART})')
 _INFO = 'dataset_info.json'
 _BATCH = 1024  # records read at a time
 
@@ -58,7 +59,7 @@ def parse(source: paths.Address) -> Name | None:
   if match is None or os.path.exists(text):
     return None
   name, config, split = match.groups('')
-  if split == CORPUS:
+  if split == CORPUS and not config:
     return Name(name, '', split)
   if name not in CONFIGS:
     near = difflib.get_close_matches(name, CONFIGS, 1)
@@ -71,7 +72,25 @@ def parse(source: paths.Address) -> Name | None:
     raise ValueError(
         f'{text}: {name} has no config {config}; it has '
         f'{", ".join(known) or "none"}.')
+  if split == CORPUS:
+    return Name(corpus_name(name, config), '', split)
   return Name(name, config or (known[0] if known else ''), split)
+
+
+def corpus_name(name: str, config: str) -> str:
+  """What the corpus of a set's paragraphs is called."""
+  return name if config in ('', *CONFIGS[name][:1]) else f'{name}_{config}'
+
+
+def check_name(name: str) -> None:
+  """Refuses a name by which a corpus could not be read.
+
+  Raises:
+    ValueError: it has signs that names have not.
+  """
+  if not re.fullmatch(_PART, name):
+    raise ValueError(
+        f'--name={name}: a corpus is called by letters, digits, _, - and ".".')
 
 
 def passages_file(name: Name, directory: paths.Address) -> paths.Path:
