@@ -195,7 +195,8 @@ def _say_next(name, splits, corpus, data_dir):
   held_out = next((s for s in splits if not s.startswith('train')), None)
   if train and held_out:
     print('next: python -m stepsearch.train --config=configs/musique.py '
-          f'--config.model.pretrained=… --workdir=runs/{name} --config.data.directory={data_dir} '
+          f'--config.model.pretrained=… --workdir=runs/{name} '
+          f'--config.data.directory={data_dir} '
           f'--config.data.corpus={corpus} --config.data.train={name}:{train} '
           f'--config.data.eval={name}:{held_out}')
   elif held_out:
