@@ -170,15 +170,11 @@ class Client:
     Raises:
       ValueError: something that is not a URL, or a file that is no cache.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ('http', 'https') or not parts.hostname or (
-        '@' in parts.netloc or parts.query):
-      shown = repr(url)
-      if '@' in url or '?' in url:
-        shown = f'{parts.scheme}://{parts.hostname or ""} …'
+    if not is_address(url):
       raise ValueError(
-          f'{shown}: an address such as https://host/path is expected, without '
-          'user, password or query: a key is given by an environment variable.')
+          f'{shown(url)}: an address such as https://host/path is expected, '
+          'without user, password or query: a key is given by an environment '
+          'variable.')
     self.url = url
     self.counts = dict(answered=0, repeated=0, cached=0, failed=0)
     self._method = method
@@ -380,6 +376,24 @@ class Client:
   def _count(self, what: str) -> None:
     with self._lock:
       self.counts[what] += 1
+
+
+def is_address(url: str) -> bool:
+  """Whether it is http[s]://host[:port][/path], without a user or a query."""
+  try:
+    parts = urllib.parse.urlsplit(url)
+    return bool(
+        parts.scheme in ('http', 'https') and parts.hostname
+        and parts.port != 0 and '@' not in parts.netloc and not parts.query)
+  except ValueError:  # no such port or host
+    return False
+
+
+def shown(url: str) -> str:
+  """An address for a message, without what may be a password or a key."""
+  if '@' in url or '?' in url:
+    url = f'{"".join(re.findall("^https?://", url))}…'
+  return repr(url)
 
 
 def key_of(variable: str, flag: str) -> str:

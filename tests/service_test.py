@@ -540,10 +540,12 @@ def test_after_a_server_that_hangs_another_is_asked():
 
 @pytest.mark.parametrize('url', [
     'localhost:8000', 'ftp://here', 'http://', '', 'http://a:99999',
-    'http://here:8000,,'])
+    'http://here:8000,,', 'http://me:secret@here', 'http://here/a?key=secret'])
 def test_what_is_no_url(url):
-  with pytest.raises(ValueError, match='config.retriever.url: .* not a URL'):
+  with pytest.raises(
+      ValueError, match='config.retriever.url: .* not a URL') as error:
     service.Remote(url)
+  assert 'secret' not in str(error.value)
 
 
 def test_servers_are_tried_at_the_start(url, engine):

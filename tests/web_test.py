@@ -210,7 +210,8 @@ def test_a_key_that_cannot_be_is_refused(monkeypatch, value, problem):
 
 @pytest.mark.parametrize('url', [
     'ftp://a/b', 'https://', 'https://me:secret@a/b', 'https://:secret@a/b',
-    'https://a/b?key=secret'])
+    'https://a/b?key=secret', 'http://a:99999', 'http://[::1',
+    'me:secret@a/b'])
 def test_an_address_with_a_key_in_it_is_refused(url):
   with pytest.raises(ValueError, match='an address such as') as error:
     web.WebSearch('serper', url=url)

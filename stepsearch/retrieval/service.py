@@ -488,17 +488,12 @@ class Remote:
 
 def _normalised(url: str) -> str:
   url = url.strip()
-  try:
-    parts = urllib.parse.urlsplit(url)
-    usable = parts.scheme in ('http', 'https') and parts.hostname and (
-        parts.port != 0)
-  except ValueError:
-    usable = False
-  if not usable:
+  if not client.is_address(url):
     raise ValueError(
-        f'config.retriever.url: {url!r} is not a URL such as'
+        f'config.retriever.url: {client.shown(url)} is not a URL such as'
         ' http://127.0.0.1:8000/retrieve; several are joined by commas.')
-  return url if parts.path.strip('/') else url.rstrip('/') + '/retrieve'
+  path = urllib.parse.urlsplit(url).path
+  return url if path.strip('/') else url.rstrip('/') + '/retrieve'
 
 
 def _detail(body: bytes) -> str:
