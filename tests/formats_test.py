@@ -491,6 +491,8 @@ def test_bad_tables(tmp_path, text, problem):
     (_VERL | {'prompt': []}, 'no message in it has the role user'),
     (_SEARCH_R1 | {'reward_model': {'ground_truth': {'target': []}}},
      r'field reward_model\.ground_truth\.target: it is empty'),
+    ({'question': 'q \ud83d', 'answers': ['a']},
+     r"field question: it holds half of a character, '\\ud83d'"),
     ({'question': 'q', 'answers': ['a'], 'hops': 'two'}, 'field hops: expec'),
     ({'question': 'q', 'answers': ['a'], 'search_keys': ['a']},
      r'search_keys\[0\]: expected a list'),

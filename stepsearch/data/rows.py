@@ -124,6 +124,12 @@ class Row:
       raise self.error(field, f'expected text, found {_kind(value)}')
     if not blank and not value.strip():
       raise self.error(field, 'it is empty')
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise self.error(
+          field, 'it holds half of a character, '
+          f'{value[error.start]!r}, which no file can hold') from None
     return value
 
   def list(
