@@ -141,6 +141,19 @@ def test_ids_of_another_corpus_name_no_passage(tmp_path):
   assert found.sub_questions[0].gold == ('q/3',)
 
 
+def test_an_id_tells_passages_of_one_title_apart(tmp_path):
+  row = {'question': 'Who?', 'answer': 'Fred', 'gold': [
+      {'id': 4, 'title': 'A'}, {'id': 5, 'text': 'Three.'}]}
+  corpus = {
+      i: Document(i, title, text) for i, title, text in (
+          ('3', 'A', 'One.'), ('4', 'A', 'Two.'), ('5', 'B', 'Three.'))}
+  found = _one(tmp_path, row, corpus_by_id=corpus)
+  assert found.gold_documents == (corpus['4'], corpus['5'])
+  row['gold'][0]['title'] = 'B'  # that of another
+  found = _one(tmp_path, row, corpus_by_id=corpus)
+  assert found.gold_documents == (corpus['5'],)
+
+
 @pytest.mark.parametrize('row', [_HOTPOT, _FACES, {
     'id': 'h', 'question': 'Who?', 'golden_answers': ['Fred'],
     'metadata': {key: _FACES[key] for key in (

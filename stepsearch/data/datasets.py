@@ -111,10 +111,11 @@ def read_questions(
   has keys of its own. The number of hops is that of the sub-questions, else of
   the search keys, else of the gold passages.
 
-  Gold passages are the corpus' own documents where it has them: by id, by title
-  and text, or by a title that only one of its passages has (or only one with
-  the sub-question's answer in it). A question of which some are neither there
-  nor spelled out in the source has none.
+  Gold passages are the corpus' own documents where it has them: by an id that
+  has the title and text that are given, if any; by title and text; or by a
+  title that only one of its passages has (or only one with the sub-question's
+  answer in it). A question of which some are neither there nor spelled out in
+  the source has none.
 
   Args:
     source: a file, or NAME:SPLIT.
@@ -359,9 +360,11 @@ def _find_gold(
   if corpus is not None:
     wanted, titles = set(), set()
     for d in (d for e in examples for d in e.gold_documents):
-      if d.text and not _same(corpus.get(d.id), d):
+      if _fits(corpus.get(d.id), d):
+        continue
+      if d.text:
         wanted.add((d.title, d.text))
-      elif d.title and not d.text:
+      else:
         titles.add(d.title)
     if wanted or titles:
       for d in corpus.values():
@@ -392,21 +395,17 @@ def _find_gold(
 
 def _lookup(d, example, corpus, by_key, by_title) -> Document | None:
   """The document of one reference; None where it cannot be told."""
+  if corpus is None:
+    return d if d.text else None
+  own = corpus.get(d.id)
+  if _fits(own, d):
+    return own
   if d.text:
-    if corpus is None:
-      return d
-    own = corpus.get(d.id)
-    if _same(own, d):
-      return own
     if (d.title, d.text) in by_key:
       return by_key[d.title, d.text]
     # Another passage of the corpus may have its id, that of another corpus.
     return d if own is None else dataclasses.replace(
         d, id=f'{example.id}/{d.id}')
-  if corpus is None:
-    return None
-  if not d.title:
-    return corpus[d.id]
   alike = by_title.get(d.title, [])
   if len(alike) > 1:
     answers = [s.answer for s in example.sub_questions if d.id in s.gold]
@@ -414,9 +413,11 @@ def _lookup(d, example, corpus, by_key, by_title) -> Document | None:
   return alike[0] if len(alike) == 1 else None
 
 
-def _same(document: Document | None, other: Document) -> bool:
+def _fits(document: Document | None, reference: Document) -> bool:
+  """Whether a document is all that a reference says of it."""
   return document is not None and (
-      (document.title, document.text) == (other.title, other.text))
+      reference.title in ('', document.title)
+      and reference.text in ('', document.text))
 
 
 def _about(subs, gold) -> tuple[SubQuestion, ...]:
