@@ -528,11 +528,13 @@ def test_a_line_that_the_budget_has_cut_is_no_query():
 
   def generate(texts):
     asked.extend(texts)
-    return [('1. one\n2. tw', ended) for ended in (True, False)]
+    return [
+        'no room', *(('1. one\n2. tw', ended) for ended in (True, False))]
 
   local = language_model.Local('ours', generate, prompts)
-  assert [w.text for w in local.write([request] * 2)] == [
-      '1. one\n2. tw', '1. one']
+  failed, *written = local.write([request] * 3)
+  assert isinstance(failed, client.Failed) and str(failed) == 'no room'
+  assert [w.text for w in written] == ['1. one\n2. tw', '1. one']
   assert 'Question: a' in asked[0] and 'it is empty' in asked[0]
   for reason, text in (('stop', '1. one\n2. tw'), ('length', '1. one')):
     assert language_model._written({'choices': [{
@@ -562,7 +564,12 @@ def test_our_model_writes_what_a_loop_over_whole_sequences_writes(
   hf.save(tmp_path / 'model', model, params, tokenizer)
   prompts = ['who is alba', 'born in', 'the mayor of bero ? is efra',
              *['cuna dilo'] * 8]
-  written = generate.Generator(tmp_path / 'model', slots=8, longest=70)(prompts)
+  too_long, *written = generate.Generator(
+      tmp_path / 'model', slots=8, longest=70)(['alba ' * 40_000, *prompts])
+  room = model.max_length - 70
+  assert re.fullmatch(
+      rf'a prompt of \d{{5}} tokens, .* room for {room} before a text of 70',
+      too_long)
   ends = tokenizer.eos_ids
 
   @jax.jit

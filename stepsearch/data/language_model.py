@@ -211,7 +211,7 @@ class Local:
 
   def __init__(
       self, name: str,
-      generate: Callable[[Sequence[str]], list[tuple[str, bool]]],
+      generate: Callable[[Sequence[str]], list[tuple[str, bool] | str]],
       prompts: Prompts,
   ):
     """Takes the function, such as a `rollout.generate.Generator`."""
@@ -225,7 +225,9 @@ class Local:
     for request in requests:
       first, *rest = self._prompts.messages(request)
       prompts.append('\n\n'.join([first, *rest[-1:]]))
-    return [Written(_said(*made)) for made in self._generate(prompts)]
+    return [
+        Failed(made) if isinstance(made, str) else Written(_said(*made))
+        for made in self._generate(prompts)]
 
 
 # ---- without a model

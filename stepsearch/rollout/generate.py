@@ -63,7 +63,7 @@ class Generator:
     self._longest = longest
     self._temperature = temperature
 
-  def __call__(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
+  def __call__(self, prompts: Sequence[str]) -> list[tuple[str, bool] | str]:
     """Writes one text a prompt.
 
     Args:
@@ -71,22 +71,18 @@ class Generator:
         was tuned on it.
 
     Returns:
-      the texts, and whether the model has ended each.
-
-    Raises:
-      ValueError: a prompt that leaves the model no room for a text.
+      the texts, and whether the model has ended each; or why there is none,
+      where a prompt leaves the model no room for a text.
     """
     tokens = [self._tokenizer.prompt(text, '{question}') for text in prompts]
     room = self._model.max_length - self._longest
-    for text, ids in zip(prompts, tokens):
-      if len(ids) > room:
-        raise ValueError(
-            f'the prompt {text[:60]!r}… has {len(ids)} tokens, and the model '
-            f'has room for {room} before a text of {self._longest}: shorten '
-            'it.')
+    texts = [
+        f'a prompt of {len(ids)} tokens, and the model has room for {room} '
+        f'before a text of {self._longest}' for ids in tokens]
     # Alike lengths together, so that little is padded.
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    texts = [('', False)] * len(tokens)
+    order = sorted(
+        (i for i, ids in enumerate(tokens) if len(ids) <= room),
+        key=lambda i: len(tokens[i]))
     slots = self._sampler.slots
     for first in range(0, len(order), slots):
       group = order[first:first + slots]
