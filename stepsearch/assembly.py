@@ -295,6 +295,10 @@ def build(
   if key_rewards and keyless:
     say(f'{keyless:,} of {len(train):,} training questions have no search '
         'keys: their key reward is 0')
+  if training and config.warmup.steps and (
+      config.data.demonstrations == 'search_keys'):
+    # Which is said before an index is built.
+    demonstrations_lib.usable(train, config.rollout.max_turns)
 
   player = _player(
       config, workdir, update, decode, world, training, card, say)

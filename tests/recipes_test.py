@@ -59,6 +59,8 @@ def _parts(tmp_path, words, rows, *overrides, training=True):
 
 @pytest.mark.parametrize('rows, overrides', [
     ([_PLAIN], [_OUTCOME]),
+    ([_PLAIN], [
+        _OUTCOME, 'data.demonstrations=search_keys', 'warmup.steps=0']),
     ([_PLAIN], ['reward.turn_reward=false', _TURNS]),
     ([_PLAIN | _GOLD], [_TURNS]),
     ([_PLAIN | _IDS], [_TURNS]),
@@ -86,6 +88,8 @@ def test_what_suffices(tmp_path, words, rows, overrides):
     ([_PLAIN | _KEYS], [], ['1 of 1', 'prepare gold']),
     ([_PLAIN | _GOLD | _KEYS, _PLAIN | {'question': 'who ?'}], [],
      ['1 of 2', '(2)', 'prepare gold']),
+    ([_PLAIN], [_OUTCOME, 'data.demonstrations=search_keys'], [
+        'none of the 1', 'config.warmup.steps=0']),
     ([_PLAIN | {'gold': [9]}], [_OUTCOME], ['line 1, field gold: "9"']),
 ])
 def test_what_does_not_and_what_to_do(
@@ -94,6 +98,7 @@ def test_what_does_not_and_what_to_do(
     _parts(tmp_path, words, rows, *overrides)
   for part in advice:
     assert part in str(error.value)
+  assert not (tmp_path / 'run').exists()  # so that it can be followed there
 
 
 def test_what_is_left_out_is_said(tmp_path, words):

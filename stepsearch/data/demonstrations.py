@@ -16,6 +16,26 @@ from stepsearch import protocol
 from stepsearch import types
 
 
+def usable(
+    examples: Sequence[types.Example], max_turns: int
+) -> list[types.Example]:
+  """The questions that make a demonstration; as of `from_search_keys`.
+
+  Raises:
+    ValueError: none does.
+  """
+  found = [
+      e for e in examples
+      if 0 < len(e.search_keys) <= max_turns and all(e.search_keys)]
+  if not found:
+    raise ValueError(
+        'config.data.demonstrations = search_keys: none of the '
+        f'{len(examples)} training questions has between 1 and {max_turns} '
+        'sub-questions with reference queries; give a file of demonstrations, '
+        'or set config.warmup.steps=0.')
+  return found
+
+
 def from_search_keys(
     examples: Sequence[types.Example], search: Callable,
     observation: Callable, *, k: int, max_turns: int, seed: int,
@@ -40,20 +60,12 @@ def from_search_keys(
     ValueError: no question has search keys.
   """
   rng = np.random.default_rng((seed, 2))
-  usable = [
-      e for e in examples
-      if 0 < len(e.search_keys) <= max_turns and all(e.search_keys)]
-  if not usable:
-    raise ValueError(
-        'config.data.demonstrations = search_keys: none of the '
-        f'{len(examples)} training questions has between 1 and {max_turns} '
-        'sub-questions with reference queries; give a file of demonstrations, '
-        'or set config.warmup.steps=0.')
+  shown = usable(examples, max_turns)
   chosen = [
-      [keys[rng.integers(len(keys))] for keys in e.search_keys] for e in usable]
+      [keys[rng.integers(len(keys))] for keys in e.search_keys] for e in shown]
   found = iter(search([query for row in chosen for query in row], k))
   rows = []
-  for example, queries in zip(usable, chosen):
+  for example, queries in zip(shown, chosen):
     text = ''
     for number, query in enumerate(queries, start=1):
       text += protocol.search_turn('I need to look this up.', query)
