@@ -285,9 +285,9 @@ def _of_this_version() -> Iterator[None]:
 
 def is_users(error: Exception) -> bool:
   """Whether the user, rather than a programmer, can do something about it."""
-  if isinstance(error, OSError):
+  if isinstance(error, OSError) and not isinstance(error, ConnectionError):
     return isinstance(error, _FILE_ERRORS) or error.errno in _FULL_DISK
-  if not isinstance(error, (ValueError, FloatingPointError)):
+  if not isinstance(error, (ValueError, FloatingPointError, ConnectionError)):
     return False
   trace = error.__traceback__
   while trace.tb_next:

@@ -13,6 +13,7 @@ import pytest
 from configs import default
 from stepsearch import assembly
 from stepsearch import build_index
+from stepsearch import config as config_lib
 from stepsearch import engine as engine_lib
 from stepsearch import passages
 from stepsearch import serve
@@ -20,6 +21,7 @@ from stepsearch.retrieval import bm25
 from stepsearch.retrieval import engines
 from stepsearch.retrieval import fusion
 from stepsearch.retrieval import index
+from stepsearch.retrieval import rerank
 from stepsearch.retrieval import retriever
 from stepsearch.retrieval import service
 from stepsearch.types import Document
@@ -50,6 +52,15 @@ class _Listed:
     return [
         [Document(name, name, '', 1.0) for name in self._found.get(q, [])[:k]]
         for q in queries]
+
+
+class _Lengths:
+  """Scores a document by its length."""
+
+  fingerprint = 'lengths'
+
+  def score(self, pairs):
+    return np.array([float(len(text)) for _, text in pairs])
 
 
 # ---- bm25
@@ -191,6 +202,37 @@ def test_fusion_adds_reciprocal_ranks():
   shallow = fusion.Fusion([one, two], constant=0, depth=1)
   assert [d.id for d in shallow.search(['q'], 1)[0]] == ['a']
   assert one.asked[-1] == 1
+
+
+class _Failing(_Listed):
+  """Has no answer to the query 'odd', and gives two documents at most."""
+
+  most = 2
+
+  def search(self, queries, k):
+    assert k <= self.most
+    found = super().search(queries, k)
+    if 'odd' in queries:
+      raise retriever.PartlyFailed(
+          'no answer', [
+              None if query == 'odd' else row
+              for query, row in zip(queries, found)])
+    return found
+
+
+@pytest.mark.parametrize('outer', [
+    lambda failing: fusion.Fusion(
+        [_Listed({'q': ['a'], 'odd': ['a']}), failing]),
+    lambda failing: rerank.Reranked(failing, _Lengths(), 3)])
+def test_what_a_part_has_no_answer_to_has_none(outer):
+  failing = _Failing({'q': ['b', 'ccc', 'd']})
+  engine = outer(failing)
+  [alone] = engine.search(['q'], 2)
+  assert failing.asked == [2] and len(alone) == 2
+  with pytest.raises(retriever.PartlyFailed, match='no answer') as error:
+    engine.search(['odd', 'q'], 2)
+  assert error.value.found == [None, alone]
+  assert config_lib.is_users(error.value)
 
 
 def test_fusion_is_as_large_as_what_it_can_ask():

@@ -135,7 +135,7 @@ def test_a_query_that_fails_alone_has_no_results_and_is_counted(capsys):
     found = patient.search(['Ada', 'odd', 'Rome'], 1)
   assert [len(row) for row in found] == [1, 0, 1] and patient.failed == 1
   printed = capsys.readouterr().out
-  assert '1 of 3 queries failed' in printed and 'HTTP 400' in printed
+  assert 'not answered 1 of 3 queries' in printed and 'HTTP 400' in printed
   assert server.asked[json.dumps(
       ['/search', {'num': 1, 'q': 'odd'}], sort_keys=True)] == 1
 
@@ -148,7 +148,7 @@ def test_a_service_that_is_gone_ends_a_run_only_in_the_end():
   assert retriever.Patient(engine, timeout=None, retries=0).search(
       ['a', 'b'], 1) == [[], []]
   impatient = retriever.Patient(engine, timeout=None, retries=0, give_up=0)
-  with pytest.raises(retriever.Unavailable, match='2 of 2 queries failed'):
+  with pytest.raises(retriever.Unavailable, match='not answered 2 of 2'):
     impatient.search(['a', 'b'], 1)
   with pytest.raises(ValueError, match='web_url'):
     web.patient('serper', 1, url=url, timeout=1, retries=0, give_up=1)

@@ -78,14 +78,24 @@ class Fusion:
 
     Raises:
       ValueError: k is out of range.
+      retriever.PartlyFailed: an engine has; what it had no answer to has none.
     """
     depth = max(k, self._depth)
-    lists = []
+    lists, failure = [], None
     for engine, size in zip(self._engines, self._sizes):
       if size is not None:
         retriever.check_k(k, size)
-      lists.append(engine.search(queries, min(depth, size or depth)))
-    return [self._fused(found, k) for found in zip(*lists)]
+      # A web search API has no size, but a most that may be asked for.
+      most = size or getattr(engine, 'most', depth)
+      found, failed = retriever.ask(engine, queries, min(depth, most))
+      lists.append(found)
+      failure = failed or failure
+    fused = [
+        None if None in found else self._fused(found, k)
+        for found in zip(*lists)]
+    if failure is not None:
+      raise retriever.PartlyFailed(str(failure), fused)
+    return fused
 
   def _fused(self, lists, k) -> list[Document]:
     documents, shares = {}, {}

@@ -139,21 +139,28 @@ class Reranked:
 
     Raises:
       ValueError: k is out of range.
+      retriever.PartlyFailed: the engine has.
     """
     wanted = max(k, self._candidates)
     if self._size is not None:
       retriever.check_k(k, self._size)
       wanted = min(wanted, self._size)
-    found = self._engine.search(queries, wanted)
+    wanted = min(wanted, getattr(self._engine, 'most', wanted))
+    found, failure = retriever.ask(self._engine, queries, wanted)
     scores = self._scorer.score([
         (query, retriever.passage_text(document))
-        for query, row in zip(queries, found) for document in row])
+        for query, row in zip(queries, found) for document in row or ()])
     results, start = [], 0
     for row in found:
+      if row is None:
+        results.append(None)
+        continue
       mine = scores[start:start + len(row)]
       start += len(row)
       # Equal scores keep the engine's order.
       best = np.argsort(-mine, kind='stable')[:k]
       results.append(
           [retriever.scored(row[i], mine[i]) for i in best])
+    if failure is not None:
+      raise retriever.PartlyFailed(str(failure), results)
     return results

@@ -333,6 +333,16 @@ class PartlyFailed(ConnectionError):
     self.found = found
 
 
+def ask(
+    engine: Engine, queries: Sequence[str], k: int
+) -> tuple[list[list[Document] | None], PartlyFailed | None]:
+  """Searches; what has no answer is None, and the failure comes along."""
+  try:
+    return engine.search(queries, k), None
+  except PartlyFailed as failure:
+    return list(failure.found), failure
+
+
 class Patient:
   """An engine whose failures cost a turn, and only in the end the run.
 

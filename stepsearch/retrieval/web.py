@@ -51,7 +51,12 @@ APIS = {
 
 
 class WebSearch:
-  """A web search API; each query is one request."""
+  """A web search API; each query is one request.
+
+  Attributes:
+    most: pages that a query may ask for.
+    name: of the API, for people.
+  """
 
   def __init__(
       self, api: str, *, url: str = '', key_variable: str = '',
@@ -89,6 +94,7 @@ class WebSearch:
     # Of a service that is down not every query has to find that out.
     self._patience = timeout * (retries + 1) + (
         concurrency / per_second if per_second else 0.0)
+    self.most = made.most
     self.name = f'the web search API {api} at {self._client.url}'
 
   @property
@@ -106,9 +112,9 @@ class WebSearch:
       client.Refused: the API takes no request: key, credit or address.
       ValueError: k is more than one request may ask for.
     """
-    if not 1 <= k <= self._api.most:
+    if not 1 <= k <= self.most:
       raise ValueError(
-          f'{self.name} gives between 1 and {self._api.most} pages a query: '
+          f'{self.name} gives between 1 and {self.most} pages a query: '
           f'k = {k} cannot be asked for.')
     distinct = list(dict.fromkeys(query for query in queries if query.strip()))
     found = self._client.ask_all(
@@ -121,8 +127,8 @@ class WebSearch:
     if failures:
       silent = len(failures) == len(distinct)
       raise retriever.PartlyFailed(
-          f'{len(failures)} of {len(distinct)} queries failed, at first '
-          f'{failures[0]}',
+          f'{self.name} has not answered {len(failures)} of {len(distinct)} '
+          f'queries, at first {failures[0]}',
           [None if silent or isinstance(row, client_lib.Failed) else row
            for row in results])
     return results
