@@ -233,7 +233,8 @@ class Record:
             self.settings | {'results': None}, indent=2) + '\n')
         return False, []
       kept = json.loads(path.read_text())
-      text = self._file.read_text()
+    with paths.explained(self._file):
+      found = self._file.read_bytes()
     for name, value in self.settings.items():
       if kept.get(name) != value:
         return (
@@ -241,8 +242,9 @@ class Record:
             f'{json.dumps(kept.get(name))[:200]}, and this one has '
             f'{json.dumps(value)[:200]}. Choose another --output, or remove '
             'that one.')
-    whole = text[:text.rfind('\n') + 1]  # a killed one leaves a torn line
-    if whole != text:
+    # A killed one leaves a torn line, which may end within a character.
+    whole = found[:found.rfind(b'\n') + 1]
+    if whole != found:
       paths.write(self._file, whole)
     done = []
     for row in map(json.loads, whole.splitlines()):

@@ -199,6 +199,26 @@ def test_a_row_reads_the_answer_as_its_method_does():
   json.dumps(found)
 
 
+def test_a_record_goes_on_whatever_byte_it_was_cut_at(tmp_path):
+  settings = {'method': 'agent', 'datasets': {'a': {}}}
+  rows = [
+      {'dataset': 'a', 'em': 1.0, 'text': 'é\u2028東\x85\x1c\r'},
+      {'dataset': 'a', 'em': 0.0, 'text': '京'}]
+  record = benchmark.Record(tmp_path, settings)
+  for number, row in enumerate(rows):
+    record.add(number, row)
+  file = tmp_path / 'transcripts.jsonl'
+  whole = file.read_bytes()
+  for end in range(len(whole) + 1):
+    file.write_bytes(whole[:end])
+    record = benchmark.Record(tmp_path, settings)
+    count = whole[:end].count(b'\n')
+    assert record.done('a') == set(range(count)), end
+    for number, row in list(enumerate(rows))[count:]:
+      record.add(number, row)
+    assert file.read_bytes() == whole
+
+
 # ── Whole evaluations ────────────────────────────────────────────────────────
 
 
