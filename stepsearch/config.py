@@ -160,6 +160,7 @@ def main(
     run: Callable[..., Any],
     *,
     takes_config: bool = True,
+    takes_files: bool = False,
     config_required: bool = True,
     otherwise: Callable[[Sequence[str]], Any] | None = None,
     argv: Sequence[str] | None = None,
@@ -171,8 +172,9 @@ def main(
   stderr for a mistake of the user (see the module's docstring).
 
   Args:
-    run: `run(config)`, or `run()` without `takes_config`.
+    run: `run(config)`, or `run()` without `takes_config`, or `run(*files)`.
     takes_config: define `--config` and accept `--config.a.b=value`.
+    takes_files: arguments that are no flags go to `run`, of no config.
     config_required: refuse to start without it; else `run(None)`.
     otherwise: where no --config is given, overrides -> the config, such as
       `stored` makes; `config_required` then says nothing.
@@ -192,6 +194,7 @@ def main(
   def parse(argv):
     if takes_config:
       argv, overrides[:] = split_overrides(argv)
+    flags.FLAGS.set_gnu_getopt(takes_files)  # flags may follow files
     try:
       rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -205,7 +208,7 @@ def main(
 
   def guarded(argv):
     try:
-      if argv[1:]:
+      if argv[1:] and not takes_files:
         raise ValueError(
             f'unexpected argument {argv[1]!r}: every argument is a flag, '
             '--name=value.')
@@ -222,7 +225,7 @@ def main(
       elif takes_config:
         run(load(flags.FLAGS.config, overrides))
       else:
-        run()
+        run(*argv[1:])
     except KeyboardInterrupt:
       sys.exit(130)  # as a shell reports it
     except Exception as error:  # pylint: disable=broad-except

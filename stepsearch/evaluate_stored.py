@@ -70,7 +70,7 @@ def compare(files: Sequence[paths.Address]) -> str:
       'Measured differently:', '']
   clauses = [differences(one) for one in found]
   shared = [c for c in clauses[0] if all(c in other for other in clauses)]
-  if len(found) > 1:
+  if len(found) > 1 and shared:
     lines += [f'* in all rows: {"; ".join(shared)}.']
   for one, own in zip(found, clauses):
     own = [c for c in own if len(found) == 1 or c not in shared]
@@ -89,7 +89,8 @@ def differences(one: dict[str, Any]) -> list[str]:
   clauses = [f'the model is {one["checkpoint"]}'
              + ('' if one['step'] is None else f', step {one["step"]}')
              + f', theirs {theirs["model"]}']
-  questions, corpora, others = [], [], []
+  questions, others = [], []
+  corpora = {published.WIKI18: [], published.OWN_CORPUS: []}
   for dataset, settings in one['datasets'].items():
     if dataset not in published.SIZES:
       others.append(dataset)
@@ -105,14 +106,17 @@ def differences(one: dict[str, Any]) -> list[str]:
           f'({split})')
     if (settings['passages'] or 0) < _FEW:
       count = settings['passages']
-      corpora.append(
-          f'{title} ' + (f'{count:,} passages' if count else 'passages')
-          + f' of {settings["corpus"]}')
+      column = _column(dataset, settings)
+      corpora[
+          published.WIKI18 if column == dataset else published.OWN_CORPUS] += [
+          f'{published.TITLES[column]} '
+          + (f'{count:,} passages' if count else 'passages')
+          + f' of {settings["corpus"]}']
   if questions:
     clauses.append('questions: ' + ', '.join(questions))
-  if corpora:
-    clauses.append('passages: ' + ', '.join(corpora)
-                   + f' for {published.WIKI18}')
+  clauses += [
+      f'passages: {", ".join(ours)} for {corpus}'
+      for corpus, ours in corpora.items() if ours]
   if others:
     clauses.append(f'nothing is published of {", ".join(others)}')
   engine = _engine(one['retriever'])
@@ -147,12 +151,19 @@ def _files(name: paths.Address) -> list[paths.Path]:
 
 def _read(path: paths.Path) -> dict[str, Any]:
   with paths.explained(path):
-    one = json.loads(path.read_text())
+    text = path.read_bytes()
+  try:
+    one = json.loads(text)
+    results = one['results']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+        f'{path} is no eval.json of `python -m stepsearch.evaluate` '
+        f'({error!r}).') from error
   if 'datasets' not in one:
     raise ValueError(
         f'{path} is of the held-out questions of a config, of which nothing is '
         'published: evaluate with --datasets.')
-  if one['results'] is None:
+  if results is None:
     raise ValueError(
         f'{path}: this evaluation has not ended; its command goes on with it.')
   step = '' if one['step'] is None else f' @ {one["step"]}'
@@ -208,22 +219,23 @@ def score_transcripts(
         turns = protocol.split_transcript(text)
         prediction = protocol.answer(turns[-1]) if turns else None
         theirs = row['output'].get('metric_score') or {}
-        theirs = {ours: float(theirs[name]) for ours, name in (
+        theirs = {ours: theirs[name] for ours, name in (
             ('em', 'em'), ('f1', 'f1'), ('cover_em', 'acc')) if name in theirs}
       else:
         prediction, answers = row['prediction'], row['answers']
         theirs = {name: row[name] for name in ('em', 'f1', 'cover_em')
                   if name in row}
-      name = row.get('dataset', dataset)
-    except (KeyError, TypeError) as error:
+      name = row.get('dataset') or dataset
+      ours = {
+          'em': float(rewards.exact_match(prediction, _texts(answers))),
+          'f1': benchmark.f1(prediction, answers, name),
+          'cover_em': float(benchmark.cover_match(prediction, answers))}
+      theirs = {name: float(value) for name, value in theirs.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(
           f'{where}: {error!r} is missing or of another shape; rows of '
           '`evaluate` are expected, or of {id, golden_answers, output: '
           '{final_response, metric_score}}.') from error
-    ours = {
-        'em': float(rewards.exact_match(prediction, answers)),
-        'f1': benchmark.f1(prediction, answers, name),
-        'cover_em': float(benchmark.cover_match(prediction, answers))}
     found.append(ours)
     reported.append(theirs)
     if any(abs(ours[name] - value) > 1e-9 for name, value in theirs.items()):
@@ -236,17 +248,24 @@ def score_transcripts(
   return mean(found), mean(reported), differ
 
 
+def _texts(answers: Sequence[str]) -> Sequence[str]:
+  if isinstance(answers, str):  # whose letters would be answers
+    raise TypeError(f'{answers!r} is no list')
+  return answers
+
+
 def _rows(path: paths.Address) -> Iterable[tuple[str, dict[str, Any]]]:
   with paths.explained(path):
-    text = paths.Path(path).read_text()
+    text = paths.Path(path).read_bytes()
   try:
+    text = text.decode()
     if text.lstrip().startswith('['):
       rows = enumerate(json.loads(text), 1)
       return [(f'{path}, row {i}', row) for i, row in rows]
     return [
         (f'{path}, line {i}', json.loads(line))
-        for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-  except json.JSONDecodeError as error:
+        for i, line in enumerate(text.split('\n'), 1) if line.strip()]
+  except ValueError as error:
     raise ValueError(f'{path} is not JSON ({error}).') from error
 
 
@@ -257,36 +276,34 @@ def compare_command(argv: Sequence[str]) -> NoReturn:
   """`python -m stepsearch.evaluate compare FILES [--output=FILE]`."""
   from absl import flags
 
-  argv, files = _positional(argv)
   output = flags.DEFINE_string(
       'output', '', 'File that receives the table, in Markdown.')
 
-  def run():
+  def run(*files):
     _needs(files, 'eval.json files or folders')
     table = compare(files)
     print(table, end='', flush=True)
     if output.value:
       paths.write(output.value, table)
 
-  config_lib.main(run, takes_config=False, argv=argv)
+  config_lib.main(run, takes_config=False, takes_files=True, argv=argv)
 
 
 def transcripts_command(argv: Sequence[str]) -> NoReturn:
   """`python -m stepsearch.evaluate transcripts FILES`."""
   from absl import flags
 
-  argv, files = _positional(argv)
   dataset = flags.DEFINE_string(
       'dataset', '', 'Whose rule counts F1 where the rows do not say: hotpotqa '
       'and 2wiki have one of their own.')
 
-  def run():
+  def run(*files):
     _needs(files, 'files of transcripts')
     for file in files:
       ours, theirs, differ = score_transcripts(file, dataset.value)
       _say(file, ours, theirs, differ, print)
 
-  config_lib.main(run, takes_config=False, argv=argv)
+  config_lib.main(run, takes_config=False, takes_files=True, argv=argv)
 
 
 def _say(
@@ -303,13 +320,6 @@ def _say(
   say('every row agrees' if not differ else
       f'{len(differ)} rows differ: {", ".join(differ[:5])}'
       + (', …' if len(differ) > 5 else ''))
-
-
-def _positional(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """The command line without the files that it names, and those."""
-  program, *rest = argv
-  return [program, *(a for a in rest if a.startswith('-'))], [
-      a for a in rest if not a.startswith('-')]
 
 
 def _needs(files: Sequence[str], what: str) -> None:

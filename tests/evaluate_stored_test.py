@@ -40,9 +40,9 @@ def test_rows_that_differ_are_named(tmp_path):
   own = {
       'id': 'q1', 'dataset': 'musique', 'prediction': 'the Paris',
       'answers': ['Paris'], 'em': 1.0, 'f1': 1.0, 'cover_em': 1.0}
-  (tmp_path / 'own.jsonl').write_text('\n'.join(map(json.dumps, [
-      own, own | {'id': 'q2', 'f1': 0.5}, own | {'id': 'q3', 'prediction': None}
-  ])))
+  (tmp_path / 'own.jsonl').write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in [
+      own, own | {'id': 'q2', 'f1': 0.5, 'text': 'a\u2028b'}, own | {'id': 'q3', 'prediction': None}
+  ]))
   ours, theirs, differ = evaluate_stored.score_transcripts(
       tmp_path / 'own.jsonl')
   assert ours['em'] == pytest.approx(2 / 3)
@@ -63,9 +63,15 @@ def test_rows_that_differ_are_named(tmp_path):
     ('', 'holds no transcripts'), ('{', 'is not JSON'),
     ('{"id": 1}', 'line 1: .*prediction.* is missing'),
     ('[{"output": 1}]', 'row 1: '),
-    ('[{"output": {}, "golden_answers": []}]', 'final_response')])
+    ('[{"output": {}, "golden_answers": []}]', 'final_response'),
+    ('[1]', 'row 1: '), ('"\xe9', 'is not JSON'),
+    ('{"prediction": "a", "answers": "a b"}', "'a b' is no list"),
+    ('{"prediction": 1, "answers": ["a"]}', 'line 1: '),
+    ('{"prediction": "a", "answers": [1]}', 'line 1: '),
+    ('{"prediction": "a", "answers": ["a"], "em": "?"}', 'line 1: '),
+    ('{"prediction": "a", "answers": ["a"], "em": null}', 'line 1: ')])
 def test_files_that_hold_none_are_refused(text, match, tmp_path):
-  (tmp_path / 'file').write_text(text)
+  (tmp_path / 'file').write_text(text, encoding='latin-1')
   with pytest.raises(ValueError, match=match):
     evaluate_stored.score_transcripts(tmp_path / 'file')
 
@@ -111,9 +117,14 @@ def test_what_was_measured_alike_is_no_difference():
      'the engine is http://x, theirs E5-base-v2'),
     (dict(datasets={'musique': MUSIQUE}),
      'questions: MuSiQue 50 drawn of 340 (dev.jsonl) for 2,417 (dev)'),
-    (dict(datasets={'musique': MUSIQUE}),
-     'passages: MuSiQue 11,338 passages of own.jsonl for '
+    (dict(datasets={'musique': MUSIQUE, 'bamboogle': MUSIQUE}),
+     "passages: MuSiQue* 11,338 passages of own.jsonl for MuSiQue's own "
+     'paragraphs'),
+    (dict(datasets={'musique': MUSIQUE, 'bamboogle': MUSIQUE}),
+     'passages: Bamboogle 11,338 passages of own.jsonl for '
      + published.WIKI18),
+    (dict(datasets={'musique': MUSIQUE | {'passages': None}}),
+     f'passages: MuSiQue passages of own.jsonl for {published.WIKI18}'),
     (dict(datasets={'mine': MUSIQUE}), 'nothing is published of mine'),
     (dict(differs='zero-shot'), 'zero-shot'),
     (dict(prompt_file='p.txt'), 'the prompt is that of p.txt'),
@@ -132,7 +143,7 @@ def test_a_comparison_of_two(tmp_path):
               'musique': {'em': 0.1, 'f1': 0.2, 'em_interval': (0.0, 0.2)}}))):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'eval.json').write_text(json.dumps(one))
-  done = run('compare', tmp_path, f'--output={tmp_path}/table.md')
+  done = run('compare', '--output', f'{tmp_path}/table.md', tmp_path)
   assert done.returncode == 0 and not done.stderr
   assert (tmp_path / 'table.md').read_text() == done.stdout
   lines = done.stdout.splitlines()
@@ -149,6 +160,7 @@ def test_a_comparison_of_two(tmp_path):
 @pytest.mark.parametrize('one, match', [
     ({'results': {}}, 'held-out questions of a config'),
     (AS_PUBLISHED | {'results': None}, 'has not ended'),
+    ([], 'is no eval.json'), ({'datasets': {}}, 'is no eval.json'),
     (None, 'no eval.json')])
 def test_evaluations_that_cannot_be_compared(one, match, tmp_path):
   if one is not None:
