@@ -1,6 +1,6 @@
 """Evaluates a checkpoint: greedy, every question exactly once.
 
-    python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR \
+    python -m stepsearch.evaluate --config=… --checkpoint=WORKDIR --output=DIR
         --datasets=musique,hotpotqa --corpus=corpora/{dataset}.jsonl
 
 The checkpoint is the workdir of a run, or a Hugging Face folder: a pretrained
@@ -220,6 +220,8 @@ def run_benchmarks(
 
 
 def _methods(names, prompt, system, player, config):
+  for name in names:
+    methods_lib.make(name)  # a name that is none is said so first
   config_lib.require(
       config.rollout.protocol == 'full' or list(names) == [methods_lib.AGENT],
       'rollout.protocol', config.rollout.protocol,

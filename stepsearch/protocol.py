@@ -168,9 +168,11 @@ class Protocol:
     if not opening:  # also where the budget was spent within the query
       return Action('search', text) if text else Action('none')
     _, opened, query = text.removesuffix(closing).rpartition(opening)
-    if not (opened and text.endswith(closing)):
-      return Action('none')
-    return Action('search', query.strip())
+    if opened and text.endswith(closing):
+      return Action('search', query.strip())
+    if self.answers == 'boxed' and (found := _boxed(text)) is not None:
+      return Action('answer', found)  # and said no end of sequence
+    return Action('none')
 
   def prediction(self, text: str) -> str | None:
     """The answer that a final turn gives, stripped; None without one.
@@ -186,7 +188,9 @@ class Protocol:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if self.answers == 'line':
       return lines[0] if lines else None
-    _, *concluded = _CONCLUSION.split(text)
+    # A base model goes on, with a question of its own.
+    own, _, _ = text.partition('\nQuestion:')
+    _, *concluded = _CONCLUSION.split(own if _CONCLUSION.search(own) else text)
     if concluded and concluded[-1].strip():
       return concluded[-1].strip().splitlines()[0].strip(' :."*')
     return lines[-1] if lines else None

@@ -421,6 +421,7 @@ def test_evaluations_that_cannot_be_are_refused(evaluation, tmp_path):
     with pytest.raises(ValueError, match=match):
       evaluation('out', **options)
 
+  refused('there is no such method', methods=['directt'])
   refused('only --method=agent can do with the short', methods=['direct'])
   (tmp_path / 'prompt').write_text('nothing')
   refused('short knows no other prompt', prompt=str(tmp_path / 'prompt'))

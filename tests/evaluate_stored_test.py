@@ -40,9 +40,10 @@ def test_rows_that_differ_are_named(tmp_path):
   own = {
       'id': 'q1', 'dataset': 'musique', 'prediction': 'the Paris',
       'answers': ['Paris'], 'em': 1.0, 'f1': 1.0, 'cover_em': 1.0}
-  (tmp_path / 'own.jsonl').write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in [
-      own, own | {'id': 'q2', 'f1': 0.5, 'text': 'a\u2028b'}, own | {'id': 'q3', 'prediction': None}
-  ]))
+  rows = [own, own | {'id': 'q2', 'f1': 0.5, 'text': 'a\u2028b'},
+          own | {'id': 'q3', 'prediction': None}]
+  (tmp_path / 'own.jsonl').write_text('\n'.join(
+      json.dumps(row, ensure_ascii=False) for row in rows))
   ours, theirs, differ = evaluate_stored.score_transcripts(
       tmp_path / 'own.jsonl')
   assert ours['em'] == pytest.approx(2 / 3)

@@ -58,6 +58,9 @@ def test_names_and_prompts_that_cannot_be():
         ('conclusion', 'The Answer is "Paris". \nMore.', 'Paris'),
         ('conclusion', 'the answer is X? No, the answer is **Y**\n', 'Y'),
         ('conclusion', ' Paris\n', 'Paris'),
+        ('conclusion', 'The answer is Y.\n\nQuestion: b?\nThe answer is Z.',
+         'Y'),
+        ('conclusion', '\nQuestion: a?\nThe answer is Y.', 'Y'),
         ('conclusion', 'the answer is', 'the answer is'),
         ('conclusion', '', None),
         ('boxed', r'so \boxed{Paris}.', 'Paris'),
@@ -88,6 +91,15 @@ def test_predictions(answers, text, expected):
 def test_queries(query, text, kind, content):
   dialect = protocol.Protocol(query=query, answers='conclusion')
   assert dialect.parse(text) == protocol.Action(kind, content)
+
+
+def test_a_box_ends_an_episode_that_says_no_end_of_sequence():
+  dialect = methods.make('search_o1').protocol
+  opening, closing = dialect.query
+  boxed = r'it is \boxed{Paris}, and'
+  assert dialect.parse(boxed) == protocol.Action('answer', 'Paris')
+  assert dialect.parse(f'{boxed} {opening}a{closing}').kind == 'search'
+  assert dialect.parse(r'it is \boxed{Par').kind == 'none'
 
 
 def first_stop(stops, data):
