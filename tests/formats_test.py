@@ -434,6 +434,8 @@ def test_rows_of_a_list_on_one_line_are_told_apart(tmp_path):
      r"line 3: the list has ended, found '\['"),
     ('[]' + ' ' * 60 + '\n' * 60 + 'x', "line 61: the list has ended"),
     ('[]', 'holds no questions'),
+    ('{\n "data": [\n {"question": "q", "answer": "a"}]}',
+     r'json, line 1: an object over many lines is no row; .* of all\.$'),
 ])
 def test_bad_lists(tmp_path, text, problem, monkeypatch):
   monkeypatch.setattr(rows, '_CHUNK', 50)

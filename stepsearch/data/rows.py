@@ -273,6 +273,11 @@ def _lines(path, file, faults) -> Iterator[Row]:
     except Fault as fault:
       faults.add(fault)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      if line == 1 and content.strip() == b'{':
+        faults.add(Fault(
+            path, 'line 1', 'an object over many lines is no row; one object a '
+            'line is expected, or one list of all'))
+        return
       faults.add(Fault(
           path, f'line {line}',
           f'it is not JSON ({error}); every line must hold one JSON object'))
