@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from typing import Any, TextIO
+import unicodedata
 
 import jax
 import ml_collections
@@ -284,8 +285,10 @@ class Screen:
     for i, document in enumerate(turn.documents, start=1):
       text = ' '.join((document.title.strip() or document.text).split())
       room = self._width() - _INDENT - 4
-      if len(text) > room:
-        text = text[:room - 1] + '…'
+      if _columns(text) > room:
+        while _columns(text) >= room:
+          text = text[:-1]
+        text += '…'
       self._line('', f'{i}  {text}', '')
 
   def _line(self, label, text, colour):
@@ -305,16 +308,23 @@ class Screen:
   def _write(self, text, colour):
     text = ''.join(filter(str.isprintable, text))  # no passage's escape codes
     if self._terminal and self._column >= _INDENT and (
-        self._column + 1 + len(text) > self._width()):
+        self._column + 1 + _columns(text) > self._width()):
       self._label('')
     if self._coloured and colour and text:
       self._out.write(f' \x1b[{colour}m{text}\x1b[0m')
     else:
       self._out.write(f' {text}')
-    self._column += 1 + len(text)
+    self._column += 1 + _columns(text)
 
   def _width(self):
     return shutil.get_terminal_size().columns if self._terminal else 100
+
+
+def _columns(text: str) -> int:
+  """Columns of a terminal: two of a wide character, none of a mark."""
+  return sum(
+      0 if unicodedata.combining(c) else
+      1 + (unicodedata.east_asian_width(c) in 'WF') for c in text)
 
 
 def ask(
@@ -413,9 +423,15 @@ if __name__ == '__main__':
           method=_METHOD.value,
           say=(lambda line: None) if as_json else print)
     typed = not one and sys.stdin.isatty()
+    if not one:
+      sys.stdin.reconfigure(errors='surrogateescape')  # in every locale
     questions = (
         [_QUESTION.value] if one else _typed() if typed else sys.stdin)
-    ask(searcher, filter(None, map(str.strip, questions)), as_json=as_json,
+    # Bytes that are no UTF-8 come as surrogates, which are no text.
+    questions = (
+        q.encode(errors='surrogateescape').decode(errors='replace').strip()
+        for q in questions)
+    ask(searcher, filter(None, questions), as_json=as_json,
         one=one, typed=typed)
 
   config_lib.main(

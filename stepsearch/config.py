@@ -22,9 +22,11 @@ import errno
 import importlib.util
 import json
 import linecache
+import os
 import pathlib
 import re
 import secrets
+import select
 import sys
 import traceback
 import types
@@ -228,6 +230,14 @@ def main(
         run(*argv[1:])
     except KeyboardInterrupt:
       sys.exit(130)  # as a shell reports it
+    except BrokenPipeError:
+      reader = select.poll()
+      reader.register(sys.stdout, 0)
+      if not reader.poll(0):
+        raise
+      # Who read what is printed, such as `head`, has left.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(141)
     except Exception as error:  # pylint: disable=broad-except
       if not is_users(error):
         raise

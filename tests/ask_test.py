@@ -283,6 +283,24 @@ def test_a_terminal_shows_what_is_known_at_once(monkeypatch):
   assert '\x1b' not in out.getvalue()
 
 
+def test_wide_characters_take_two_columns(monkeypatch):
+  out = Terminal()
+  monkeypatch.setattr(sys, 'stdout', out)
+  monkeypatch.setenv('COLUMNS', '30')
+  title = '東京' * 10
+  screen = ask.Screen(out)
+  screen.turn(types.Turn(
+      '', '東京', (types.Document('1', title, ''),
+                 types.Document('2', 'e\u0301' * 18, '')), 'seen'))
+  screen.question('東京 ' * 5)
+  screen.stop()
+  lines = out.lines()
+  # 8 of indentation, the number and two spaces, 8 characters of two and a dot.
+  assert lines[0] == f'        1  {title[:8]}…'
+  assert lines[1] == '        2  ' + 'e\u0301' * 18
+  assert lines[2:4] == ['asked   東京 東京 東京 東京', '        東京']
+
+
 def test_documents_of_a_prompt_and_answers_without_tags(capsys):
   def play(question, on_turn):
     on_turn(types.Turn('', question, _DOCUMENTS[:1]))
@@ -365,12 +383,14 @@ def _command(*arguments, **options):
 def test_the_command(run, folder):
   done = _command(
       f'--checkpoint={run}', '--json', '--config.rollout.max_turns=1',
-      input=f'who ?\n\n{"who " * 40}\nwhat ?\n')
+      input=f'who ?\n\n{"who " * 40}\nwhat \udcff?\n',
+      errors='surrogateescape')
   assert done.returncode == 1
   assert done.stderr == 'error: 1 of 3 questions could not be asked.\n'
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   assert [row.get('answer') for row in rows] == ['the', None, 'the']
   assert 'prompt_length' in rows[1]['error'] and rows[2]['searches'] == 1
+  assert rows[2]['question'] == 'what \ufffd?'
   done = _command(f'--checkpoint={folder}', '--question=who ?')
   assert (done.returncode, done.stdout) == (1, '')
   assert re.fullmatch(

@@ -191,6 +191,10 @@ def run(config):
     raise KeyboardInterrupt
   if what == 'key':
     {}['x']
+  if what == 'pipe':
+    raise BrokenPipeError  # of a connection
+  while what == 'words':
+    print('words', flush=True)
   print('ran', config.rl.epochs)
 
 if __name__ == '__main__':
@@ -206,6 +210,7 @@ if __name__ == '__main__':
      "'no/such/file'\n"),
     (['--what=bug'], 1, '', ...),
     (['--what=key'], 1, '', ...),
+    (['--what=pipe'], 1, '', ...),
     (['--what=interrupt'], 130, '', None),
     (['--config.rl.epoch=4'], 1, '', 'error: --config.rl.epoch=4: there is no '
      'such field; did you mean config.rl.epochs?\n'),
@@ -228,6 +233,19 @@ def test_main_turns_user_errors_into_a_paragraph(
     assert 'Traceback' in done.stderr
   else:
     assert done.stderr == (stderr or '')
+
+
+def test_a_reader_that_leaves_ends_a_program_quietly(path, tmp_path):
+  (tmp_path / 'program.py').write_text(_PROGRAM)
+  root = str(pathlib.Path(__file__).parents[1])
+  program = subprocess.Popen(
+      [sys.executable, str(tmp_path / 'program.py'), f'--config={path}',
+       '--what=words'], env=os.environ | {'PYTHONPATH': root},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert program.stdout.readline() == b'words\n'
+  program.stdout.close()
+  assert program.stderr.read() == b''
+  assert program.wait(timeout=60) == 141
 
 
 def test_help_shows_all_flags_of_a_command(tmp_path):
