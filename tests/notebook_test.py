@@ -47,6 +47,28 @@ def test_it_is_committed_clean(notebook):
   assert (_ROOT / values['CONFIG']).is_file()
 
 
+def test_what_is_prepared_and_pooled(notebook, tmp_path):
+  cell, = (cell for cell in notebook.cells if "'--name=pooled'" in cell.source)
+  ran = []
+  values = dict(
+      re=re, run=lambda *command: ran.append(command[2:]), ROOT=tmp_path,
+      DATA='data', RAW='raw', PREPARE=['--download'], PASSAGES='',
+      DATASETS=['hotpotqa/fullwiki:dev', 'hotpotqa/distractor:dev', 'my.jsonl'])
+  with pytest.raises(RuntimeError, match='name PASSAGES above'):
+    exec(cell.source, values)  # pylint: disable=exec-used
+  shared = ('--raw_dir=raw', '--data_dir=data', '--splits=dev')
+  assert ran == [
+      ('hotpotqa', *shared, '--variant=fullwiki', '--download'),
+      ('hotpotqa', *shared, '--variant=distractor', '--download')]
+  pools = [tmp_path / f'data/corpus/{name}/1.0.0/passages.jsonl'
+           for name in ('hotpotqa', 'hotpotqa_fullwiki')]
+  for pool in pools:
+    _write(pool, [])
+  exec(cell.source, values)  # pylint: disable=exec-used
+  assert ran[-1] == ('corpus', '--name=pooled', '--data_dir=data',
+                     f'--files={pools[0]},{pools[1]}')
+
+
 def _write(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
