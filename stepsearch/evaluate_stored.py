@@ -122,9 +122,8 @@ def differences(one: dict[str, Any]) -> list[str]:
   engine = _engine(one['retriever'])
   if not re.fullmatch(r'(.*/)?e5-base-v2', engine):
     clauses.append(f'the engine is {engine}, theirs {theirs["encoder"]}')
-  for name in ('k', 'max_turns'):
-    ours = one['budgets'][name]
-    if ours != theirs[name]:
+  for name, ours in one['budgets'].items():
+    if ours != theirs.get(name, ours):
       clauses.append(f'{name} is {ours}, theirs {theirs[name]}')
   clauses.append(f'decoding is {one["decoding"]["kind"]}, theirs '
                  f'{theirs["decoding"]}')

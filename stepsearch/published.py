@@ -23,6 +23,8 @@ PROTOCOL = {
     'encoder': 'E5-base-v2',
     'k': 3,
     'max_turns': 5,
+    'response_length': 800,  # both in tokens, of the released code
+    'observation_length': 800,
     'decoding': 'sampled at T = 1, the last partial batch dropped (the released'
                 ' code)',
     'model': 'Qwen2.5 of the size given',

@@ -85,7 +85,9 @@ SETTINGS = {
 AS_PUBLISHED = {
     'method': 'agent', 'differs': '', 'checkpoint': 'runs/a', 'step': 500,
     'prompt_file': None, 'decoding': {'kind': 'greedy'},
-    'budgets': {'k': 3, 'max_turns': 5},
+    'budgets': {
+        'k': 3, 'max_turns': 5, 'prompt_length': 512, 'response_length': 800,
+        'observation_length': 800},
     'retriever': dict(
         method='dense', embedder='models/e5-base-v2', reranker='', url='',
         web='', factory=''),
@@ -107,6 +109,8 @@ def test_what_was_measured_alike_is_no_difference():
 @pytest.mark.parametrize('change, clause', [
     (dict(budgets={'k': 2, 'max_turns': 5}), 'k is 2, theirs 3'),
     (dict(budgets={'k': 3, 'max_turns': 2}), 'max_turns is 2, theirs 5'),
+    (dict(budgets={'k': 3, 'response_length': 96}),
+     'response_length is 96, theirs 800'),
     (dict(retriever={'method': 'bm25'}),
      'the engine is BM25, theirs E5-base-v2'),
     (dict(retriever={'method': 'fusion', 'reranker': 'r'}),
