@@ -416,6 +416,8 @@ if __name__ == '__main__':
   def _main(config):
     assembly.tune_host()
     as_json, one = _JSON.value, _QUESTION.value is not None
+    if one and not _QUESTION.value.strip():
+      raise ValueError('--question is empty: write one, or leave it out.')
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
       searcher = Searcher(
           config, _CHECKPOINT.value, index=_INDEX.value, corpus=_CORPUS.value,

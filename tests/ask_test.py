@@ -247,8 +247,9 @@ def test_a_folder_without_passages_and_a_prompt_that_is_too_long(run, folder):
   config = config_lib.stored(run, ['data.source=jsonl'])
   with pytest.raises(ValueError, match='--index=DIR.*--corpus=FILE'):
     ask.Searcher(config, str(folder), say=lambda line: None)
-  with pytest.raises(ValueError, match='prompt_length = 32'):
+  with pytest.raises(ValueError, match='prompt_length = 32') as error:
     _searcher(run)('who ' * 40)
+  assert str(error.value).count('who') == 20
 
 
 def test_plain_output(capsys):
@@ -391,6 +392,9 @@ def test_the_command(run, folder):
   assert [row.get('answer') for row in rows] == ['the', None, 'the']
   assert 'prompt_length' in rows[1]['error'] and rows[2]['searches'] == 1
   assert rows[2]['question'] == 'what \ufffd?'
+  done = _command(f'--checkpoint={run}', '--question= ')
+  assert (done.returncode, done.stdout) == (1, '')
+  assert done.stderr.startswith('error: --question is empty')
   done = _command(f'--checkpoint={folder}', '--question=who ?')
   assert (done.returncode, done.stdout) == (1, '')
   assert re.fullmatch(

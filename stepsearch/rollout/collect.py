@@ -193,20 +193,20 @@ class Collector:
     Raises:
       ValueError: they do not fit `config.rollout.prompt_length`.
     """
-    instruction = self._protocol.instruction
+    text, instruction = question, self._protocol.instruction
     if self._protocol.retrieves_first:
       # In one pass, for passages may spell anything.
       fields = {'{question}': question.strip(), '{documents}': documents}
-      question, instruction = re.sub(
+      text, instruction = re.sub(
           r'\{question\}|\{documents\}', lambda found: fields[found[0]],
           instruction), '{question}'
     ids = self._tokenizer.prompt(
-        question, instruction, self.chat, self._protocol.system)
+        text, instruction, self.chat, self._protocol.system)
     if len(ids) > self.config.prompt_length:
       raise ValueError(
           f'config.rollout.prompt_length = {self.config.prompt_length}, but '
-          f'the prompt of the question {question!r} has {len(ids)} tokens: '
-          f'raise it to at least {len(ids)}, or drop the question.')
+          f'the prompt of the question {question[:80]!r} has {len(ids)} '
+          f'tokens: raise it to at least {len(ids)}, or drop the question.')
     return ids
 
   def prepare(self, questions: Iterable[str]) -> None:
@@ -229,7 +229,7 @@ class Collector:
       if needed > self.config.prompt_length:
         raise ValueError(
             f'config.rollout.prompt_length = {self.config.prompt_length}: the '
-            f'question {question!r} and the documents that its prompt may hold '
+            f'question {question[:80]!r} and the documents of its prompt '
             f'(config.rollout.observation_length = '
             f'{self.config.observation_length}) take {needed} tokens: raise '
             'the one, or lower the other.')
