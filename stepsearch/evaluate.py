@@ -220,7 +220,7 @@ def run_benchmarks(
 
 
 def _methods(names, prompt, system, player, config):
-  for name in names:
+  for name in names or ['']:
     methods_lib.make(name)  # a name that is none is said so first
   config_lib.require(
       config.rollout.protocol == 'full' or list(names) == [methods_lib.AGENT],
@@ -259,6 +259,13 @@ def _sets(config, sources, corpus, questions, out, say) -> list[Set]:
   for source in sources:
     if source in prepared.CONFIGS:
       source += ':test' if source == 'bamboogle' else ':dev'
+    with paths.explained(source):
+      there = prepared.parse(source) or paths.Path(source).exists()
+    if not there:
+      raise ValueError(
+          f'--datasets={source}: there is no such file, and no set of this '
+          f'name; sets are {", ".join(prepared.CONFIGS)}, or with a split, '
+          'such as musique:dev.')
     name = datasets_lib.name(source)
     if name in read:
       raise ValueError(

@@ -427,8 +427,10 @@ def test_evaluations_that_cannot_be_are_refused(evaluation, tmp_path):
   refused('short knows no other prompt', prompt=str(tmp_path / 'prompt'))
   evaluation.config.rollout.protocol = 'full'
   refused('each only once', methods=['agent', 'agent'])
-  refused('no such method', methods=['agnet'])
+  refused('no such method', methods=[])
   refused('are of one method', methods=['rag', 'direct'], prompt='x')
   refused('cannot be read', methods=['rag'], system='/no/such')
   refused('the method direct needs {question}', methods=['direct'],
           prompt=str(tmp_path / 'prompt'))
+  with pytest.raises(ValueError, match='=musiqe: .* sets are musique, '):
+    evaluate._sets(evaluation.config, ['musiqe'], 'x', 0, tmp_path, print)
