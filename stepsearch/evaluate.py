@@ -186,11 +186,14 @@ def run_benchmarks(
   shared = _settings(config, source, step, player, sets, sampled)
   distributed.agree('evaluation', shared)
   records = {}
+  auto = 'on' if player.tokenizer.chats else 'off'
   for name, method in chosen.items():
+    chat = collectors[name].chat
     records[name] = benchmark.Record(
         out / name if len(chosen) > 1 else out,
         {'method': name, 'does': method.does, 'differs': method.differs,
-         'prompt': method.protocol.instruction, 'chat': collectors[name].chat,
+         'prompt': method.protocol.instruction,
+         'chat': auto if chat == 'auto' else chat,
          'system': method.protocol.system, 'prompt_file': prompt or None
          } | shared)
   ends = [

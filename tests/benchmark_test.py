@@ -278,6 +278,7 @@ def test_an_evaluation_interrupted_anywhere_ends_as_it_would_have(
   assert list(whole) == ['first', 'second']
   assert stored['results'] == json.loads(json.dumps(whole))
   assert stored['datasets']['first']['passages'] == 6
+  assert stored['chat'] == 'off'  # what `auto` has come to
   assert stored['datasets']['first']['drawn_with_seed'] is None
   parsed = [json.loads(line) for line in rows.splitlines()]
   assert [(r['dataset'], r['number']) for r in parsed] == [
