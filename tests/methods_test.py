@@ -285,6 +285,26 @@ def test_every_sentence_is_a_query_until_the_last(scripted, layout):
   assert SENTENCES.prediction(transcript.turns[-1].text) == 'Paris'
 
 
+def test_documents_in_the_prompt_count_as_a_turn(scripted, layout):
+  dialect = dataclasses.replace(
+      SENTENCES, instruction='[{documents}]{question}')
+  asked = []
+
+  def search(queries, k):
+    asked.extend(queries)
+    return found(queries, k)
+
+  # Q one two \n [ d ] so the answer is Paris \n
+  chain = [(0, 6, 7, 8), (4, 11, 12)]
+  transcript, _ = play(
+      scripted, layout, dialect, chain, search, prompt_length=10, max_turns=2)
+  assert asked == ['Q', 'one two'] and transcript.searches == 2
+  transcript, _ = play(
+      scripted, layout, dialect, chain, search, prompt_length=10, max_turns=1)
+  assert [turn.text for turn in transcript.turns] == ['', 'one two\n']
+  assert transcript.searches == 1
+
+
 def test_a_long_prompt_is_refused_before_anything_is_played(scripted, layout):
   dialect = protocol.Protocol(
       instruction='[{documents}]{question}:', document='{text}',

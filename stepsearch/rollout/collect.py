@@ -287,6 +287,7 @@ class Collector:
           _Episode(self.prompt(question), last=forced)
           for question in questions]
     episodes = []
+    forced |= self.config.max_turns == 1  # which these documents are
     for question, found in zip(
         questions, self._search(questions, self.config.k)):
       text, shown = protocol_lib.prompt_documents(
