@@ -191,8 +191,9 @@ class Protocol:
     # A base model goes on, with a question of its own.
     own, _, _ = text.partition('\nQuestion:')
     _, *concluded = _CONCLUSION.split(own if _CONCLUSION.search(own) else text)
-    if concluded and concluded[-1].strip():
-      return concluded[-1].strip().splitlines()[0].strip(' :."*')
+    for line in concluded[-1].splitlines() if concluded else ():
+      if line := line.strip(' :."*'):
+        return line
     return lines[-1] if lines else None
 
   def keeps_format(self, turn_texts: Sequence[str]) -> bool:

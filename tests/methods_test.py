@@ -57,6 +57,7 @@ def test_names_and_prompts_that_cannot_be():
         ('conclusion', 'It is old.\nSo the answer is: Paris.', 'Paris'),
         ('conclusion', 'The Answer is "Paris". \nMore.', 'Paris'),
         ('conclusion', 'the answer is X? No, the answer is **Y**\n', 'Y'),
+        ('conclusion', 'The answer is:\n\n**Paris**\nIt is.', 'Paris'),
         ('conclusion', ' Paris\n', 'Paris'),
         ('conclusion', 'The answer is Y.\n\nQuestion: b?\nThe answer is Z.',
          'Y'),
