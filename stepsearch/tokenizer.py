@@ -32,6 +32,7 @@ FILES = (
 _TEMPLATES = (
     'chat_template.jinja', 'chat_template.json', 'tokenizer_config.json')
 PAD, EOS, UNKNOWN = '<pad>', '<eos>', '<unk>'
+_WORDS = 'so it is'  # that no chat template says
 
 
 class Tokenizer:
@@ -129,10 +130,16 @@ class Tokenizer:
         )
       return [*self._prefix, *self.encode(text)]
     messages = [{'role': 'system', 'content': system}] if system else []
-    return self._encode(self._render(
-        [*messages, {'role': 'user', 'content': text}],
+    render = lambda words: self._render(
+        [*messages, {'role': 'user', 'content': words}],
         add_generation_prompt=True,
-    ), specials=True)
+    )
+    if any(t.special and t.content in text for t in self._added().values()):
+      # A passage or question that quotes one is spelled out, as by `encode`.
+      before, _, after = render(_WORDS).rpartition(_WORDS)
+      ids = self._encode(before, specials=True) + self.encode(text)
+      return ids + self._encode(after, specials=True)
+    return self._encode(render(text), specials=True)
 
   @functools.cached_property
   def chats(self) -> bool:
@@ -143,12 +150,11 @@ class Tokenizer:
     """
     if not self._fast.chat_template:
       return False
-    words = 'so it is'
     text = self._render([
         {'role': 'user', 'content': 'Is it?'},
-        {'role': 'assistant', 'content': words},
+        {'role': 'assistant', 'content': _WORDS},
     ])
-    _, _, after = text.rpartition(words)
+    _, _, after = text.rpartition(_WORDS)
     return self.eos_ids[0] in self._encode(after, specials=True)
 
   @functools.cached_property
