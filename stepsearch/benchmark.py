@@ -271,7 +271,10 @@ class Record:
       self._write()
 
   def add(self, number: int, row: dict[str, Any]) -> None:
-    """Takes the row of a question; on disk it is written at once."""
+    """Takes the row of a question; on disk it is written at once.
+
+    Its `failed_searches` are those that have failed since the row before it.
+    """
     row = row | {'number': number}
     self._rows[row['dataset']][number] = row
     if distributed.index() == 0 and not paths.is_remote(self._file):
@@ -287,15 +290,19 @@ class Record:
     """EM of what has been played of a set."""
     return float(np.mean([r['em'] for r in self._rows[dataset].values()]))
 
-  def finish(
-      self, seed: int, seconds: float, failed: int
-  ) -> dict[str, dict[str, Any]]:
+  @property
+  def failed(self) -> int:
+    """Searches that found nothing, for the engine failed; of process 0."""
+    return sum(
+        row.get('failed_searches', 0)
+        for rows in self._rows.values() for row in rows.values())
+
+  def finish(self, seed: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Writes both files as they stay.
 
     Args:
       seed: of the bootstrap.
       seconds: that this took, without what an interrupted one had taken.
-      failed: searches that found nothing since then, for the engine failed.
 
     Returns:
       `measure` of each set.
@@ -311,7 +318,7 @@ class Record:
         paths.write(self.folder / 'eval.json', json.dumps(
             self.settings | {
                 'date': now.isoformat(timespec='seconds'),
-                'seconds': round(seconds, 1), 'failed_searches': failed,
+                'seconds': round(seconds, 1), 'failed_searches': self.failed,
                 'results': results},
             indent=2) + '\n')
     return distributed.exchange(results, 'record')[0]

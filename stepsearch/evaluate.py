@@ -209,12 +209,10 @@ def run_benchmarks(
         _play(
             one, collect, chosen[name].protocol, params, key, records[name],
             size, ends, sampled, progress)
-  failed = sum({
-      id(s.engine): getattr(s.engine, 'failed', 0) for s in sets}.values())
   results = {
-      name: record.finish(config.seed, time.monotonic() - begun, failed)
+      name: record.finish(config.seed, time.monotonic() - begun)
       for name, record in records.items()}
-  _warn(failed, progress)
+  _warn(sum(record.failed for record in records.values()), progress)
   for line in table(results):
     progress.line(line)
   progress.line('written: ' + ', '.join(
@@ -346,6 +344,8 @@ def _play(
   if not todo:
     return
   before = count - len(todo)
+  failed = lambda: getattr(one.engine, 'failed', 0)
+  counted = failed()
   with progress.phase(
       f'{one.name} {record.settings["method"]}', len(todo)) as tick:
     for start in range(0, len(todo), size):
@@ -354,10 +354,14 @@ def _play(
       batch = [one.examples[numbers[i % len(numbers)]] for i in range(size)]
 
       def ended(i, transcript, tokens, numbers=numbers, batch=batch):
+        nonlocal counted
         if i >= len(numbers):
           return
-        record.add(numbers[i], benchmark.row(
-            batch[i], transcript, tokens, protocol, ends, collect.config.k))
+        row = benchmark.row(
+            batch[i], transcript, tokens, protocol, ends, collect.config.k)
+        now = failed()
+        record.add(numbers[i], row | {'failed_searches': now - counted})
+        counted = now
         tick(len(record.done(one.name)) - before,
              em=record.running_em(one.name))
 

@@ -343,14 +343,13 @@ def test_an_evaluation_in_a_store_goes_on_from_its_last_batch(
 
 
 class _Known:
-  """Stands for a server, which knows the gold documents that it was told."""
-
-  failed = 0
+  """Stands for a server: finds what it was told, and says it has failed."""
 
   def __init__(self, gold):
-    self.gold = gold
+    self.gold, self.failed = gold, 0
 
   def search(self, queries, k):
+    self.failed += len(queries)
     return [self.gold[:k] for _ in queries]
 
 
@@ -362,11 +361,23 @@ def test_a_server_is_told_the_gold_documents_of_all_sets(
     told.append(list(gold))
     return _Known(gold)
 
+  def add_until(self, number, row):
+    if number == 3:
+      raise KeyboardInterrupt
+    add(self, number, row)
+
+  add = benchmark.Record.add
   monkeypatch.setattr(engine, 'build', build)
   evaluation.config.retriever.url = 'http://127.0.0.1:9'
-  evaluation('out', corpus=str(tmp_path / 'first/corpus.jsonl'))
-  gold, = told
-  assert len(gold) == 14
+  corpus = str(tmp_path / 'first/corpus.jsonl')
+  with monkeypatch.context() as patch:
+    patch.setattr(benchmark.Record, 'add', add_until)
+    with pytest.raises(KeyboardInterrupt):
+      evaluation('out', corpus=corpus)
+  evaluation('out', corpus=corpus)
+  assert [len(gold) for gold in told] == [14, 14]
+  # Four before the interruption, then as many batches of four as are missing.
+  assert 'failed_searches": 16' in (tmp_path / 'out/eval.json').read_text()
   stored = json.loads((tmp_path / 'out/eval.json').read_text())
   assert [s['corpus_fingerprint'] for s in stored['datasets'].values()] == [
       retriever.corpus_fingerprint(datasets.read_corpus(
