@@ -150,6 +150,29 @@ def measure(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
       'questions': len(rows)}
 
 
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+  """Lines that show what `measure` found, by method and set."""
+  found = [
+      f'{"set":>12} {"method":>10} {"EM":>6} {"95 %":>12} {"F1":>6} '
+      f'{"95 %":>12} {"cover":>6} {"recall":>6} {"searches":>8} '
+      f'{"redundant":>9} {"format":>6} {"questions":>9}']
+  for method, sets in results.items():
+    for name, m in sets.items():
+      recall = m['gold_recall']
+      found.append(' '.join([
+          f'{name:>12}', f'{method:>10}', f'{m["em"]:6.3f}',
+          f'{_bounds(m["em_interval"]):>12}', f'{m["f1"]:6.3f}',
+          f'{_bounds(m["f1_interval"]):>12}', f'{m["cover_em"]:6.3f}',
+          f'{"-" if recall is None else format(recall, ".3f"):>6}',
+          f'{m["searches"]:8.2f}', f'{m["redundancy"]:9.3f}',
+          f'{m["format"]:6.3f}', f'{m["questions"]:9d}']))
+  return found
+
+
+def _bounds(bounds):
+  return '–'.join(f'{bound:.3f}' for bound in bounds)
+
+
 def interval(
     values: np.ndarray, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:

@@ -213,7 +213,7 @@ def run_benchmarks(
       name: record.finish(config.seed, time.monotonic() - begun)
       for name, record in records.items()}
   _warn(sum(record.failed for record in records.values()), progress)
-  for line in table(results):
+  for line in benchmark.table(results):
     progress.line(line)
   progress.line('written: ' + ', '.join(
       str(record.folder / 'eval.json') for record in records.values()))
@@ -369,29 +369,6 @@ def _play(
           params, batch, key, first_episode=numbers[0], greedy=not sampled,
           on_end=ended)
       record.flush()
-
-
-def table(results: dict[str, Results]) -> list[str]:
-  """Lines that show what was measured."""
-  found = [
-      f'{"set":>12} {"method":>10} {"EM":>6} {"95 %":>12} {"F1":>6} '
-      f'{"95 %":>12} {"cover":>6} {"recall":>6} {"searches":>8} '
-      f'{"redundant":>9} {"format":>6} {"questions":>9}']
-  for method, sets in results.items():
-    for name, m in sets.items():
-      recall = m['gold_recall']
-      found.append(' '.join([
-          f'{name:>12}', f'{method:>10}', f'{m["em"]:6.3f}',
-          f'{_interval(m["em_interval"]):>12}', f'{m["f1"]:6.3f}',
-          f'{_interval(m["f1_interval"]):>12}', f'{m["cover_em"]:6.3f}',
-          f'{"-" if recall is None else format(recall, ".3f"):>6}',
-          f'{m["searches"]:8.2f}', f'{m["redundancy"]:9.3f}',
-          f'{m["format"]:6.3f}', f'{m["questions"]:9d}']))
-  return found
-
-
-def _interval(bounds):
-  return '–'.join(f'{bound:.3f}' for bound in bounds)
 
 
 def _command(argv: Sequence[str]) -> None:
