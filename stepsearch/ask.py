@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -354,9 +355,16 @@ def ask(
       screen.notice('compiling…')
     try:
       # An engine says there what it has to say.
-      with contextlib.redirect_stdout(sys.stderr if as_json else out):
-        found = searcher(
-            question, (lambda turn: None) if as_json else screen.turn)
+      with contextlib.redirect_stdout(
+          sys.stderr if as_json else out), _held() as check:
+
+        def show(turn):
+          check()
+          if not as_json:
+            screen.turn(turn)
+
+        found = searcher(question, show)
+        check()
     except KeyboardInterrupt:
       if not typed:
         raise
@@ -375,6 +383,32 @@ def ask(
       screen.end(found)
   if failed and not typed:
     raise ValueError(f'{failed} of {count} questions could not be asked.')
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+  """Holds Ctrl-C back until the check that this gives; a second one it does not.
+
+  Raised while XLA compiles, it can crash the program when that ends (seen in 4
+  of 11 tries).
+  """
+  came = False
+
+  def hold(*_):
+    nonlocal came
+    if came:
+      raise KeyboardInterrupt
+    came = True
+
+  def check():
+    if came:
+      raise KeyboardInterrupt
+
+  before = signal.signal(signal.SIGINT, hold)
+  try:
+    yield check
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def _typed() -> Iterator[str]:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -344,6 +345,23 @@ def test_ctrl_c_ends_an_answer_and_errors_end_none(capsys):
   first, second = map(json.loads, capsys.readouterr().out.splitlines())
   assert first == dict(question='bad', error='config.x = 1: bad.')
   assert second['answer'] == 'Bure Fanavi'
+
+
+def test_ctrl_c_waits_for_a_chunk_and_the_second_for_nothing(capsys):
+  reached = []
+
+  def play(question, on_turn):
+    for _ in range(2 if question == 'twice' else 1):
+      os.kill(os.getpid(), signal.SIGINT)
+      reached.append(question)  # as if XLA compiled
+    on_turn(types.Turn('<think>half'))
+    reached.append('not this')
+
+  before = signal.getsignal(signal.SIGINT)
+  ask.ask(play, ['once', 'twice'], typed=True)
+  assert reached == ['once', 'twice']
+  assert capsys.readouterr().out.count('stopped') == 2
+  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_prompt_ends_with_either_key(monkeypatch, capsys):
