@@ -387,7 +387,7 @@ def ask(
 
 @contextlib.contextmanager
 def _held() -> Iterator[Callable[[], None]]:
-  """Holds Ctrl-C back until the check that this gives; a second one it does not.
+  """Holds Ctrl-C back until the check that this gives, but not a second one.
 
   Raised while XLA compiles, it can crash the program when that ends (seen in 4
   of 11 tries).
