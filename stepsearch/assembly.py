@@ -96,21 +96,13 @@ class Player:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Parts(Player):
   """What a run is made of; nothing here is trained."""
 
-  config: ml_collections.ConfigDict
-  update: sharding.Layout  # of everything that is trained
-  decode: sharding.Layout  # of weights and cache that sample
-  tokenizer: tokenizer_lib.Tokenizer
-  protocol: protocol_lib.Protocol
   world: world_lib.World | None
   train: Sequence[types.Example]
   eval: Sequence[types.Example]
   retriever: Any
-  model: qwen.Config
-  pretrained: folder_lib.Folder | None  # of the model's config and tokenizer
-  learner: learner.Learner | None  # None where nothing is trained
   collect: collect.Collector
   score: Score
 
@@ -150,18 +142,19 @@ class Checkpoint:
 
     Args:
       path: the workdir of a run, or its checkpoints folder; or a Hugging Face
-        folder, on disk or gs://.
+        folder, on disk or gs://, with or without 'hf:' before it.
       step: of the run; the newest by default.
 
     Raises:
       ValueError: neither is there; a step of a folder, which has none.
     """
-    self.root = paths.Path(path)
+    bare = path.removeprefix('hf:')
+    self.root = paths.Path(bare)
     if self.root.name == 'checkpoints':
       self.root = self.root.parent
     self._step = step
     with paths.explained(self.root):
-      self.trained = (self.root / 'checkpoints').is_dir()
+      self.trained = bare == path and (self.root / 'checkpoints').is_dir()
     if not self.trained and not any(self.root.glob('*.safetensors')):
       raise ValueError(
           f'--checkpoint={path}: there is no run here (no checkpoints folder '
@@ -239,7 +232,7 @@ class Checkpoint:
     return config, None
 
   def actor(
-      self, parts: Parts | Player, key: jax.Array
+      self, parts: Player, key: jax.Array
   ) -> tuple[Any, int | None]:
     """What a collector plays with, and the step, None for a folder."""
     if self.trained:
@@ -316,10 +309,8 @@ def build(
       + f'{len(train):,} training and {len(held_out):,} held-out questions, '
       f'{player.tokenizer.vocab_size:,} tokens')
   return Parts(
-      config=config, update=update, decode=decode, tokenizer=player.tokenizer,
-      protocol=player.protocol, world=world, train=train, eval=held_out,
-      retriever=found, model=player.model, pretrained=player.pretrained,
-      learner=player.learner, collect=collector,
+      **vars(player), world=world, train=train, eval=held_out, retriever=found,
+      collect=collector,
       score=_by_all(_score(config, reward, found), decode))
 
 

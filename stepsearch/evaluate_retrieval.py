@@ -93,11 +93,10 @@ def run(
           f'{spec}: {results[spec]["failed"]:.0f} queries were not answered:'
           ' what it finds is more')
   if importlib.util.find_spec('scann') and len(documents) >= _LEAST:
-    for spec, engine in made.items():
-      if isinstance(engine, retriever.Retriever):
-        for regime in _REGIMES:
-          scann[f'{spec}, {regime}'] = measure.approximation(
-              engine, asked, ks, regime)
+    scann = {
+        f'{spec}, {regime}': measure.approximation(engine, asked, ks, regime)
+        for spec, engine in made.items()
+        if isinstance(engine, retriever.Retriever) for regime in _REGIMES}
   progress.line(measure.table(results, ks))
   for name, values in scann.items():
     ratios = ' '.join(f'@{k} {values[f"ratio@{k}"]:.4f}' for k in sorted(ks))

@@ -314,7 +314,10 @@ def test_compiled_programs_are_kept_where_the_config_says(tmp_path):
 
 def test_an_exported_actor_plays_as_the_checkpoint(whole, exported, tmp_path):
   evaluate.evaluate(_config(), str(whole), str(tmp_path / 'checkpoint'))
-  evaluate.evaluate(_config(), str(exported), str(tmp_path / 'folder'))
+  evaluate.evaluate(_config(), f'hf:{exported}', str(tmp_path / 'folder'))
+  with pytest.raises(ValueError, match='hf:.*no Hugging Face model'):
+    assembly.Checkpoint(f'hf:{whole}')
+  assert not assembly.Checkpoint(str(exported)).trained
   first, second = (
       (tmp_path / name / 'transcripts.jsonl').read_text()
       for name in ('checkpoint', 'folder'))
